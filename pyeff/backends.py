@@ -1,0 +1,174 @@
+"""Which implementation of an operation runs, and why the others do not.
+
+Every operation has up to four implementations: ``reference`` (plain PyTorch, always there), ``cpu`` (the compiled
+C++ kernels), ``triton`` and ``cuda``. ``auto`` takes the fastest that can serve the tensors at hand and falls back
+silently; naming one makes its absence an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+
+# For each public operation: the implementations that this release has. The order is the order of preference.
+OPS: dict[str, tuple[str, ...]] = {
+    "read_recurrence": ("cpu", "reference"),
+    "read_step": ("cpu", "reference"),
+    "ticket_linear": (),
+    "ligo_grow": (),
+    "multimask_targets": (),
+    "multimask_gather": (),
+    "multimask_scatter": (),
+    "multimask_loss": (),
+    "block_mask": (),
+    "ema_update_": (),
+    "ctc_loss": (),
+    "linear_ctc_loss": (),
+    "softmax_embedding": (),
+    "beam_conv": (),
+}
+
+# What the compiled kernels of a backend can compute with.
+DTYPES = {
+    "cpu": (torch.float64, torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+# Process-wide, as torch.backends is. A plain module global, so that torch.compile guards on it.
+_choice = os.environ.get("PYEFF_BACKEND", "auto")
+if _choice not in (*NAMES, "auto"):
+    raise ValueError(f"PYEFF_BACKEND is {_choice!r}, expected one of {', '.join((*NAMES, 'auto'))}")
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend can serve an operation, and the reason where it cannot."""
+
+    usable: bool
+    reason: str = ""
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Chooses the implementation for the operations called inside.
+
+    Args:
+        name (str): ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"auto"``. The choice is process-wide, and
+            one that cannot serve a call raises there instead of falling back.
+
+    Raises:
+        ValueError: the name is none of these.
+
+    Example:
+        >>> import torch, pyeff
+        >>> phi, gru = [torch.randn(4, 16)], torch.nn.GRU(16, 8)
+        >>> with pyeff.backend("reference"):
+        ...     pyeff.ops.read_recurrence(phi, gru.weight_ih_l0, gru.weight_hh_l0).shape
+        torch.Size([4, 8])
+    """
+    global _choice
+    if name not in (*NAMES, "auto"):
+        raise ValueError(f"backend is {name!r}, expected one of {', '.join((*NAMES, 'auto'))}")
+    before, _choice = _choice, name
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def current() -> str:
+    """The backend in force: a name, or ``"auto"``."""
+    return _choice
+
+
+@functools.cache
+def load_library() -> str:
+    """Loads the compiled kernels once. Returns an empty string, or the reason why they cannot be used."""
+    if not LIBRARY.exists():
+        return "the compiled library was not built (no C++ compiler when pyeff was installed)"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the compiled library does not load: {error}"
+    return ""
+
+
+def support(op: str, name: str) -> Support:
+    """Whether backend ``name`` can serve ``op`` on this machine at all."""
+    served = OPS[op]
+    if not served:
+        return Support(False, "not in this release")
+    if name == "reference":
+        return Support(True)
+    if name not in served:
+        return Support(False, f"{op} has no {name} kernel in this release")
+    if DEVICE[name] == "cuda" and not torch.cuda.is_available():
+        return Support(False, "torch sees no CUDA device")
+    reason = load_library() if name != "triton" else ""
+    return Support(not reason, reason)
+
+
+def refusal(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why backend ``name`` cannot serve this call; an empty string where it can."""
+    state = support(op, name)
+    if not state.usable or name == "reference":
+        return state.reason
+    if device.type != DEVICE[name]:
+        return f"the tensors are on {device.type}, the {name} kernels work on {DEVICE[name]}"
+    if dtype not in DTYPES[name]:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[name])
+        return f"the tensors are {dtype}, the {name} kernels compute in {expected}"
+    return ""
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str = "") -> str:
+    """The backend that runs ``op`` on tensors of this device and dtype.
+
+    Args:
+        op (str): a public operation.
+        device (torch.device), dtype (torch.dtype): those of its tensors.
+        requested (str): a backend's name or ``"auto"``; empty stands for the one in force.
+
+    Raises:
+        RuntimeError: a backend was named and cannot serve this call; the message says why.
+    """
+    requested = requested or _choice
+    if requested != "auto":
+        reason = refusal(op, requested, device, dtype)
+        if reason:
+            raise RuntimeError(f"{op}: backend {requested!r} was asked for and cannot serve: {reason}")
+        return requested
+    return next(name for name in OPS[op] if not refusal(op, name, device, dtype))
+
+
+def info() -> dict[str, object]:
+    """What runs on this machine, and why.
+
+    Returns:
+        dict: ``versions`` (pyeff, torch, Python, Triton), ``cpu`` (instruction sets: what the processor has, what was
+        built, what is chosen; threads), ``cuda`` (devices; architectures that were built), ``backend`` (the choice in
+        force) and ``ops``: for each operation, each backend's ``usable`` and ``reason``.
+
+    Example:
+        >>> import pyeff
+        >>> pyeff.info()["ops"]["read_recurrence"]["reference"]["usable"]
+        True
+    """
+    from pyeff import _machine
+
+    return {
+        **_machine.describe(),
+        "backend": _choice,
+        "ops": {op: {name: vars(support(op, name)) for name in NAMES} for op in OPS},
+    }

@@ -1,0 +1,263 @@
+"""READ's recurrence as an op: schema, checks, autocast, fake kernels and autograd.
+
+``pyeff::read_recurrence`` and ``pyeff::read_step`` check, cast and choose a backend. The ``reference`` is differentiated
+by PyTorch; the kernels sit behind ``pyeff::read_forward`` and ``pyeff::read_backward``, which hold the autograd formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyeff import backends, reference
+
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+# What the backward needs of a step beside h: nothing (1 - h^2), (r, z, n, R_n h + b), (i, f, g, o).
+SAVED_GATES = {"rnn": 0, "gru": 4, "lstm": 4}
+NORMS = ("rms", "layer", "none")
+REDUCTIONS = ("mean", "last")
+# How much the forward keeps: nothing, the states, or the states and the gates.
+SAVE_NOTHING, SAVE_STATES, SAVE_GATES = 0, 1, 2
+
+_WEIGHTS = (
+    "Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, Tensor? b_hh=None, *, Tensor? norm_weight=None, Tensor? norm_bias=None"
+)
+_INNER = (
+    "Tensor[] phi, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? h0, Tensor? c0"
+)
+_lib = torch.library.Library("pyeff", "FRAGMENT")
+_lib.define(
+    f"read_recurrence(Tensor[] phi, {_WEIGHTS}, Tensor? h0=None, Tensor? c0=None, str cell='gru', str norm='rms', "
+    "float eps=1e-6, str reduce='mean', bool recompute=False, str backend='') -> Tensor"
+)
+_lib.define(
+    f"read_step(Tensor phi_i, Tensor? h, Tensor? c, {_WEIGHTS}, str cell='gru', str norm='rms', float eps=1e-6, "
+    "str backend='') -> (Tensor, Tensor)"
+)
+_lib.define(
+    f"read_forward({_INNER}, str cell, str norm, float eps, str reduce, int save) -> "
+    "(Tensor out, Tensor c_last, Tensor h, Tensor c, Tensor gates, Tensor stats)"
+)
+_lib.define(
+    f"read_backward(Tensor? grad_out, Tensor? grad_c, {_INNER}, Tensor h, Tensor c, Tensor gates, Tensor stats, "
+    "str cell, str norm, float eps, str reduce, bool[] needs_phi, bool[] needs) -> "
+    "(Tensor dphi, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dnorm_weight, Tensor dnorm_bias, "
+    "Tensor dh0, Tensor dc0)"
+)
+
+
+def read_recurrence(
+    phi: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    cell: str = "gru",
+    norm: str = "rms",
+    eps: float = 1e-6,
+    reduce: str = "mean",
+    recompute: bool = False,
+) -> Tensor:
+    """READ: a recurrent network over the depth of a frozen one, for every token on its own.
+
+    ``x_i = norm(phi_i)``, ``h_i = Cell(x_i, h_{i-1})`` with one set of weights for all layers, and the mean of the h_i or
+    the last. The norm's weight is folded into ``w_ih``, so that no gradient of width d is formed unless some phi asks for
+    its own; nothing of width d is saved beyond references to ``phi``.
+
+    Args:
+        phi (sequence of Tensor): L tensors [*, d], the layer outputs, of any strides; they are not copied or stacked.
+        w_ih (Tensor): [g r, d], gates stacked as in torch.nn.RNN (g = 1), GRU (3) or LSTM (4).
+        w_hh (Tensor): [g r, r].
+        b_ih (Tensor, optional), b_hh (Tensor, optional): [g r]. Default: no bias.
+        norm_weight (Tensor, optional), norm_bias (Tensor, optional): [d]. A bias belongs to the layer norm only.
+        h0 (Tensor, optional), c0 (Tensor, optional): [*, r], the first state; c0 belongs to the LSTM. Default: zeros.
+        cell (str): ``"rnn"`` (tanh), ``"gru"`` or ``"lstm"``.
+        norm (str): ``"rms"``, ``"layer"`` or ``"none"``, over d, with statistics in at least float32.
+        eps (float): added to the mean square (or variance).
+        reduce (str): ``"mean"`` over the layers or ``"last"``.
+        recompute (bool): compute the gates again in the backward instead of saving them: 4 r numbers a token and layer less
+            for GRU and LSTM, for the time of one more forward.
+
+    Returns:
+        Tensor: [*, r], in the dtype of the weights.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other, an unknown option, or an option that cannot apply.
+        RuntimeError: a backend was named that cannot serve the call; or a double backward.
+
+    All tensors have one dtype, float64, float32 or bfloat16 (float16 by the reference); under autocast the weights and
+    states are cast to its dtype. Source: Nguyen et al., "READ: Recurrent Adaptation of Large Transformers", 2023, arXiv
+    2305.15348, section 3.
+
+    Example:
+        >>> import torch, pyeff
+        >>> phi = [torch.randn(2, 5, 16) for _ in range(3)]
+        >>> gru = torch.nn.GRU(16, 8)
+        >>> out = pyeff.ops.read_recurrence(phi, gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0)
+        >>> out.shape
+        torch.Size([2, 5, 8])
+        >>> out.sum().backward()
+    """
+    return torch.ops.pyeff.read_recurrence(
+        list(phi), w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, h0=h0, c0=c0, cell=cell,
+        norm=norm, eps=eps, reduce=reduce, recompute=recompute, backend=backends.current(),
+    )  # fmt: skip
+
+
+def read_step(
+    phi_i: Tensor,
+    state: reference.read.State,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    cell: str = "gru",
+    norm: str = "rms",
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One layer of :func:`read_recurrence`, for inference that streams and keeps no layer output.
+
+    Args:
+        phi_i (Tensor): [*, d], one layer's output.
+        state (None, Tensor or (Tensor, Tensor)): what the previous layer returned; None before the first.
+        w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, cell, norm, eps: as in :func:`read_recurrence`.
+
+    Returns:
+        Tensor or (Tensor, Tensor): h [*, r], or (h, c) for the LSTM.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`read_recurrence`.
+
+    Example:
+        >>> import torch, pyeff
+        >>> lstm, state = torch.nn.LSTM(16, 8), None
+        >>> for phi_i in torch.randn(3, 5, 16):
+        ...     state = pyeff.ops.read_step(phi_i, state, lstm.weight_ih_l0, lstm.weight_hh_l0, cell="lstm")
+        >>> state[0].shape
+        torch.Size([5, 8])
+    """
+    if isinstance(state, Tensor) or state is None:
+        if cell == "lstm" and state is not None:
+            raise ValueError("read_step: state is one tensor, expected (h, c) for the lstm cell")
+        h, c = state, None
+    elif cell == "lstm" and len(state) == 2:
+        h, c = state
+    else:
+        raise ValueError(f"read_step: state is a {type(state).__name__} of {len(state)}, expected one tensor for {cell!r}")
+    h, c = torch.ops.pyeff.read_step(
+        phi_i, h, c, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm,
+        eps=eps, backend=backends.current(),
+    )  # fmt: skip
+    return (h, c) if cell == "lstm" else h
+
+
+def _check_tensor(op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected {list(shape)}")
+    if t.dtype != like.dtype:
+        raise ValueError(f"{op}: {name} is {t.dtype}, expected {like.dtype} as w_ih")
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device} as w_ih")
+
+
+def _check(op, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce="mean") -> None:
+    """Everything that can be wrong with a call, before anything is computed."""
+    for name, value, known in (("cell", cell, GATES), ("norm", norm, NORMS), ("reduce", reduce, REDUCTIONS)):
+        if value not in known:
+            raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+    if not phi:
+        raise ValueError(f"{op}: phi is empty, expected at least one layer output")
+    if not eps >= 0 or eps == float("inf"):
+        raise ValueError(f"{op}: eps is {eps}, expected a finite number of at least 0")
+    if norm == "none" and norm_weight is not None:
+        raise ValueError(f"{op}: norm_weight was given with norm='none', expected None")
+    if norm != "layer" and norm_bias is not None:
+        raise ValueError(f"{op}: norm_bias was given with norm={norm!r}, expected None (only norm='layer' has a bias)")
+    if cell != "lstm" and c0 is not None:
+        raise ValueError(f"{op}: c0 was given with cell={cell!r}, expected None (only the lstm has a cell state)")
+    if not w_ih.is_floating_point():
+        raise ValueError(f"{op}: w_ih is {w_ih.dtype}, expected a floating-point dtype")
+    if w_hh.dim() != 2 or w_hh.shape[1] == 0 or w_hh.shape[0] != GATES[cell] * w_hh.shape[1]:
+        raise ValueError(f"{op}: w_hh has shape {list(w_hh.shape)}, expected [{GATES[cell]} r, r] for {cell!r}")
+    first = phi[0]
+    if first.dim() == 0 or first.shape[-1] == 0:
+        raise ValueError(f"{op}: phi[0] has shape {list(first.shape)}, expected [*, d] with d of at least 1")
+    rank, width, lead = w_hh.shape[1], first.shape[-1], tuple(first.shape[:-1])
+    gates = GATES[cell] * rank
+    _check_tensor(op, "w_ih", w_ih, (gates, width), w_ih)
+    _check_tensor(op, "w_hh", w_hh, (gates, rank), w_ih)
+    for i, phi_i in enumerate(phi):
+        _check_tensor(op, f"phi[{i}]", phi_i, tuple(first.shape), w_ih)
+    for name, t, shape in (
+        ("b_ih", b_ih, (gates,)), ("b_hh", b_hh, (gates,)), ("norm_weight", norm_weight, (width,)),
+        ("norm_bias", norm_bias, (width,)), ("h0", h0, (*lead, rank)), ("c0", c0, (*lead, rank)),
+    ):  # fmt: skip
+        if t is not None:
+            _check_tensor(op, name, t, shape, w_ih)
+
+
+def _cast(tensors: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
+    """What autocast asks for: floating-point tensors in its dtype, float64 left alone."""
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _save_mode(tensors: list[Tensor | None], recompute: bool) -> int:
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return SAVE_NOTHING
+    return SAVE_STATES if recompute else SAVE_GATES
+
+
+def _recurrence(
+    phi, w_ih, w_hh, b_ih=None, b_hh=None, *, norm_weight=None, norm_bias=None, h0=None, c0=None,
+    cell="gru", norm="rms", eps=1e-6, reduce="mean", recompute=False, backend="",
+):  # fmt: skip
+    layers, rest = len(phi), [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0]
+    tensors = _cast([*phi, *rest], w_ih.device)
+    phi, rest = tensors[:layers], tensors[layers:]
+    _check("read_recurrence", phi, *rest, cell, norm, eps, reduce)
+    w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0 = rest
+    if backends.choose("read_recurrence", w_ih.device, w_ih.dtype, backend) == "reference":
+        return reference.read_recurrence(
+            phi, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, h0=h0, c0=c0,
+            cell=cell, norm=norm, eps=eps, reduce=reduce,
+        )  # fmt: skip
+    save = _save_mode(tensors, recompute)
+    return torch.ops.pyeff.read_forward(phi, *rest, cell, norm, eps, reduce, save)[0]
+
+
+def _step(
+    phi_i, h, c, w_ih, w_hh, b_ih=None, b_hh=None, *, norm_weight=None, norm_bias=None,
+    cell="gru", norm="rms", eps=1e-6, backend="",
+):  # fmt: skip
+    tensors = _cast([phi_i, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c], w_ih.device)
+    phi_i, *rest = tensors
+    _check("read_step", [phi_i], *rest, cell, norm, eps)
+    w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c = rest
+    if backends.choose("read_step", w_ih.device, w_ih.dtype, backend) != "reference":
+        return torch.ops.pyeff.read_forward([phi_i], *rest, cell, norm, eps, "last", _save_mode(tensors, False))[:2]
+    state = h
+    if cell == "lstm" and not (h is None and c is None):
+        zero = torch.zeros_like(h if h is not None else c)
+        state = (zero if h is None else h, zero if c is None else c)
+    state = reference.read_step(
+        phi_i, state, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm, eps=eps
+    )
+    return state if cell == "lstm" else (state, state.new_empty(0))
+
+
+_lib.impl("read_recurrence", _recurrence, "CompositeImplicitAutograd")
+_lib.impl("read_step", _step, "CompositeImplicitAutograd")

@@ -1,0 +1,8 @@
+"""The definitions: every operation written in plain PyTorch, as the papers' equations.
+
+They are the oracle of the tests, the baseline of the benchmarks, and what runs where no kernel can.
+"""
+
+from pyeff.reference.read import read_recurrence, read_step
+
+__all__ = ["read_recurrence", "read_step"]
