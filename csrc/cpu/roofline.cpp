@@ -1,0 +1,143 @@
+#include "cpu/roofline.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pyeff::cpu::PYEFF_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kAccumulators = 24;  // of 32 registers
+#elif defined(__AVX__)
+constexpr int kBytes = 32, kAccumulators = 12;  // of 16
+#elif defined(__x86_64__)
+constexpr int kBytes = 16, kAccumulators = 12;  // of 16
+#else
+constexpr int kBytes = 16, kAccumulators = 24;  // of 32
+#endif
+
+typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef uint64_t Words __attribute__((vector_size(kBytes)));
+
+// Stores what a loop computed where no compiler may leave it out.
+template <class Vector>
+void keep(const Vector (&sums)[kAccumulators]) {
+  [[maybe_unused]] volatile Vector kept;
+#pragma GCC unroll 32
+  for (int i = 0; i < kAccumulators; ++i) kept = sums[i];
+}
+
+// Independent chains, more than latency times throughput, held in registers. The factor hides from the compiler and is
+// below one, so that the sums stay finite and normal.
+template <class Vector, class Scalar>
+double multiply_add(int64_t iterations) {
+  volatile Scalar hidden_factor = Scalar(0.5), hidden_term = Scalar(1.25);
+  Vector factor, term, sums[kAccumulators];
+  const int lanes = kBytes / static_cast<int>(sizeof(Scalar));
+  for (int i = 0; i < lanes; ++i) factor[i] = hidden_factor, term[i] = hidden_term;
+#pragma GCC unroll 32
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = term * static_cast<Scalar>(i + 1);
+  for (int64_t k = 0; k < iterations; ++k) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kAccumulators; ++i) sums[i] = sums[i] * factor + term;
+  }
+  keep(sums);
+  return 2.0 * lanes * kAccumulators * static_cast<double>(iterations);
+}
+
+#if defined(__AVX512BF16__)
+double dot_bfloat16(int64_t iterations) {
+  volatile float hidden = 0.0078125f;
+  __m512 sums[kAccumulators];
+  const __m512bh factor = _mm512_cvtne2ps_pbh(_mm512_set1_ps(hidden), _mm512_set1_ps(hidden));
+#pragma GCC unroll 32
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = _mm512_set1_ps(hidden * static_cast<float>(i + 1));
+  for (int64_t k = 0; k < iterations; ++k) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kAccumulators; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], factor, factor);
+  }
+  keep(sums);
+  return 2.0 * 32 * kAccumulators * static_cast<double>(iterations);
+}
+#endif
+
+double multiply_add(FmaType type, int64_t iterations) {
+  if (type == FmaType::kFloat64) return multiply_add<Doubles, double>(iterations);
+#if defined(__AVX512BF16__)
+  if (type == FmaType::kBFloat16) return dot_bfloat16(iterations);
+#endif
+  return multiply_add<Floats, float>(iterations);
+}
+
+void store_past_caches(char* to, Words words) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(words));
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(words));
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(words));
+#else
+  __builtin_memcpy(to, &words, kBytes);
+#endif
+}
+
+Words load(const char* from) {
+  Words words;
+  __builtin_memcpy(&words, from, kBytes);
+  return words;
+}
+
+// One range of bytes for each thread, in whole cache lines of the destination.
+constexpr int64_t kLine = 64;
+
+}  // namespace
+
+double fma_loop(FmaType type, int64_t iterations, const Parallel& parallel) {
+  parallel_for(parallel, parallel.threads, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) multiply_add(type, iterations);
+  });
+  return multiply_add(type, 1) * static_cast<double>(iterations) * parallel.threads;
+}
+
+void stream_copy(void* to, const void* from, int64_t bytes, const Parallel& parallel) {
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(target) % kLine);
+  const int64_t head = misaligned ? (bytes < kLine - misaligned ? bytes : kLine - misaligned) : 0;
+  const int64_t lines = (bytes - head) / kLine;
+  __builtin_memcpy(target, source, head);
+  parallel_for(parallel, lines, [=](int64_t begin, int64_t end) {
+    for (int64_t offset = head + begin * kLine; offset < head + end * kLine; offset += kBytes) {
+      store_past_caches(target + offset, load(source + offset));
+    }
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+  });
+  const int64_t done = head + lines * kLine;
+  __builtin_memcpy(target + done, source + done, bytes - done);
+}
+
+uint64_t stream_read(const void* from, int64_t bytes, const Parallel& parallel) {
+  const char* source = static_cast<const char*>(from);
+  const int64_t lines = bytes / (4 * kBytes);
+  uint64_t total = 0;
+  parallel_for(parallel, lines, [&](int64_t begin, int64_t end) {
+    Words sums[4] = {};
+    for (int64_t offset = begin * 4 * kBytes; offset < end * 4 * kBytes; offset += 4 * kBytes) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sums[i] += load(source + offset + i * kBytes);
+    }
+    const Words sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    uint64_t folded = 0;
+    for (int i = 0; i < kBytes / 8; ++i) folded += sum[i];
+    // Integers: the order in which the threads arrive does not change the sum.
+    __atomic_fetch_add(&total, folded, __ATOMIC_RELAXED);
+  });
+  for (int64_t i = lines * 4 * kBytes; i < bytes; ++i) total += static_cast<unsigned char>(source[i]);
+  return total;
+}
+
+}  // namespace pyeff::cpu::PYEFF_ISA
