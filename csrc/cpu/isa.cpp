@@ -1,11 +1,11 @@
-#include "cpu/isa.h"
+#include "isa.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-namespace pyeff::cpu {
+namespace pyeff {
 namespace {
 
 constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512", "avx512bf16"};
@@ -63,4 +63,4 @@ Isa isa_chosen() {
   return isa;
 }
 
-}  // namespace pyeff::cpu
+}  // namespace pyeff

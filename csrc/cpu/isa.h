@@ -1,6 +1,6 @@
 // The instruction sets that the CPU kernels are built for, and the choice between them at run time.
 //
-// A kernel source is compiled once for each set, inside the namespace pyeff::cpu::<set> (the macro PYEFF_ISA).
+// A kernel source is compiled once for each set, inside the namespace pyeff::<set> (the macro PYEFF_ISA).
 // Everything outside these namespaces must be free of inline functions that such a source could emit: the linker keeps
 // one copy of each, and it might keep the one that was compiled for a larger set than the processor has.
 #pragma once
@@ -23,24 +23,22 @@
 #define PYEFF_IF_AVX512BF16(...)
 #endif
 
-// Declares functions in the namespace of every set that was built. Use inside pyeff::cpu.
+// Declares functions or objects in the namespace of every set that was built. Use inside pyeff.
+// clang-format off
 #define PYEFF_FOR_EACH_ISA(...)                      \
-  namespace portable {                               \
-  __VA_ARGS__                                        \
-  }                                                  \
-  PYEFF_IF_AVX2(namespace avx2{__VA_ARGS__})         \
-  PYEFF_IF_AVX512(namespace avx512{__VA_ARGS__})     \
-  PYEFF_IF_AVX512BF16(namespace avx512bf16{__VA_ARGS__})
+  namespace portable { __VA_ARGS__ }                 \
+  PYEFF_IF_AVX2(namespace avx2 { __VA_ARGS__ })      \
+  PYEFF_IF_AVX512(namespace avx512 { __VA_ARGS__ })  \
+  PYEFF_IF_AVX512BF16(namespace avx512bf16 { __VA_ARGS__ })
 
-// The chosen set's version of a function that PYEFF_FOR_EACH_ISA declared, named as within pyeff::cpu.
-#define PYEFF_CHOSEN(...)                                           \
-  ::pyeff::cpu::chosen_of(::pyeff::cpu::IsaTable<decltype(&::pyeff::cpu::portable::__VA_ARGS__)>{ \
-      {&::pyeff::cpu::portable::__VA_ARGS__,                        \
-       PYEFF_IF_AVX2(&::pyeff::cpu::avx2::__VA_ARGS__, )            \
-       PYEFF_IF_AVX512(&::pyeff::cpu::avx512::__VA_ARGS__, )        \
-       PYEFF_IF_AVX512BF16(&::pyeff::cpu::avx512bf16::__VA_ARGS__, )}})
+// The address of the chosen set's version of what PYEFF_FOR_EACH_ISA declared, named as within pyeff.
+#define PYEFF_CHOSEN(...)                                                                        \
+  ::pyeff::chosen_of(::pyeff::IsaTable<decltype(&::pyeff::portable::__VA_ARGS__)>{{              \
+      &::pyeff::portable::__VA_ARGS__, PYEFF_IF_AVX2(&::pyeff::avx2::__VA_ARGS__, )              \
+      PYEFF_IF_AVX512(&::pyeff::avx512::__VA_ARGS__, ) PYEFF_IF_AVX512BF16(&::pyeff::avx512bf16::__VA_ARGS__, )}})
+// clang-format on
 
-namespace pyeff::cpu {
+namespace pyeff {
 
 // Ordered: each set contains the ones before it, and a build that has one has those before it too.
 enum Isa : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kIsaCount };
@@ -55,14 +53,14 @@ unsigned isa_detected();
 // not exclude. Throws std::runtime_error if that variable names no set.
 Isa isa_chosen();
 
-template <class Function>
+template <class Pointer>
 struct IsaTable {
-  Function functions[kIsaCount];
+  Pointer of[kIsaCount];
 };
 
-template <class Function>
-Function chosen_of(const IsaTable<Function>& table) {
-  return table.functions[isa_chosen()];
+template <class Pointer>
+Pointer chosen_of(const IsaTable<Pointer>& table) {
+  return table.of[isa_chosen()];
 }
 
-}  // namespace pyeff::cpu
+}  // namespace pyeff

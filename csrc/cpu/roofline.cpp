@@ -1,10 +1,10 @@
-#include "cpu/roofline.h"
+#include "roofline.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-namespace pyeff::cpu::PYEFF_ISA {
+namespace pyeff::PYEFF_ISA {
 namespace {
 
 #if defined(__AVX512F__)
@@ -89,15 +89,16 @@ Words load(const char* from) {
   return words;
 }
 
-// One range of bytes for each thread, in whole cache lines of the destination.
-constexpr int64_t kLine = 64;
+// What one task streams: whole cache lines, and far fewer tasks than bytes.
+constexpr int64_t kLine = 64, kTask = int64_t(1) << 20;
+
+int64_t tasks_of(int64_t bytes) { return (bytes + kTask - 1) / kTask; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 
 double fma_loop(FmaType type, int64_t iterations, const Parallel& parallel) {
-  parallel_for(parallel, parallel.threads, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) multiply_add(type, iterations);
-  });
+  for_each_task(parallel, parallel.threads, [=](int64_t) { multiply_add(type, iterations); });
   return multiply_add(type, 1) * static_cast<double>(iterations) * parallel.threads;
 }
 
@@ -105,39 +106,39 @@ void stream_copy(void* to, const void* from, int64_t bytes, const Parallel& para
   char* target = static_cast<char*>(to);
   const char* source = static_cast<const char*>(from);
   const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(target) % kLine);
-  const int64_t head = misaligned ? (bytes < kLine - misaligned ? bytes : kLine - misaligned) : 0;
-  const int64_t lines = (bytes - head) / kLine;
+  const int64_t head = misaligned ? least(bytes, kLine - misaligned) : 0;
+  const int64_t middle = (bytes - head) / kLine * kLine, tail = bytes - head - middle;
   __builtin_memcpy(target, source, head);
-  parallel_for(parallel, lines, [=](int64_t begin, int64_t end) {
-    for (int64_t offset = head + begin * kLine; offset < head + end * kLine; offset += kBytes) {
-      store_past_caches(target + offset, load(source + offset));
-    }
+  for_each_task(parallel, tasks_of(middle), [=](int64_t task) {
+    const int64_t end = head + least(middle, (task + 1) * kTask);
+    for (int64_t at = head + task * kTask; at < end; at += kBytes) store_past_caches(target + at, load(source + at));
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
   });
-  const int64_t done = head + lines * kLine;
-  __builtin_memcpy(target + done, source + done, bytes - done);
+  __builtin_memcpy(target + head + middle, source + head + middle, tail);
 }
 
 uint64_t stream_read(const void* from, int64_t bytes, const Parallel& parallel) {
   const char* source = static_cast<const char*>(from);
-  const int64_t lines = bytes / (4 * kBytes);
+  constexpr int64_t kStep = 4 * kBytes;
+  const int64_t middle = bytes / kStep * kStep;
   uint64_t total = 0;
-  parallel_for(parallel, lines, [&](int64_t begin, int64_t end) {
+  for_each_task(parallel, tasks_of(middle), [=, &total](int64_t task) {
+    const int64_t end = least(middle, (task + 1) * kTask);
     Words sums[4] = {};
-    for (int64_t offset = begin * 4 * kBytes; offset < end * 4 * kBytes; offset += 4 * kBytes) {
+    for (int64_t at = task * kTask; at < end; at += kStep) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sums[i] += load(source + offset + i * kBytes);
+      for (int i = 0; i < 4; ++i) sums[i] += load(source + at + i * kBytes);
     }
     const Words sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     uint64_t folded = 0;
     for (int i = 0; i < kBytes / 8; ++i) folded += sum[i];
-    // Integers: the order in which the threads arrive does not change the sum.
+    // Integers: the order in which the tasks end does not change the sum.
     __atomic_fetch_add(&total, folded, __ATOMIC_RELAXED);
   });
-  for (int64_t i = lines * 4 * kBytes; i < bytes; ++i) total += static_cast<unsigned char>(source[i]);
+  for (int64_t i = middle; i < bytes; ++i) total += static_cast<unsigned char>(source[i]);
   return total;
 }
 
-}  // namespace pyeff::cpu::PYEFF_ISA
+}  // namespace pyeff::PYEFF_ISA

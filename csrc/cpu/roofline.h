@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "isa.h"
+#include "parallel.h"
 
-namespace pyeff::cpu {
+namespace pyeff {
 
 enum class FmaType : int { kFloat64, kFloat32, kBFloat16 };
 
@@ -19,4 +19,4 @@ PYEFF_FOR_EACH_ISA(double fma_loop(FmaType type, int64_t iterations, const Paral
                    // Reads `bytes` and returns a value that depends on all of them.
                    uint64_t stream_read(const void* from, int64_t bytes, const Parallel& parallel);)
 
-}  // namespace pyeff::cpu
+}  // namespace pyeff

@@ -16,24 +16,24 @@ using torch::stable::Tensor;
 
 std::string names(unsigned sets) {
   std::string text;
-  for (int i = 0; i < cpu::kIsaCount; ++i) {
-    if (sets >> i & 1u) text += (text.empty() ? "" : " ") + std::string(cpu::isa_name(i));
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (sets >> i & 1u) text += (text.empty() ? "" : " ") + std::string(isa_name(i));
   }
   return text;
 }
 
-std::string isa_built() { return names(cpu::isa_built()); }
-std::string isa_detected() { return names(cpu::isa_detected()); }
-std::string isa_chosen() { return cpu::isa_name(cpu::isa_chosen()); }
+std::string built() { return names(isa_built()); }
+std::string detected() { return names(isa_detected()); }
+std::string chosen() { return isa_name(isa_chosen()); }
 
-double fma_loop(std::string dtype, int64_t iterations) {
-  cpu::FmaType type;
+double run_fma_loop(std::string dtype, int64_t iterations) {
+  FmaType type;
   if (dtype == "float64") {
-    type = cpu::FmaType::kFloat64;
+    type = FmaType::kFloat64;
   } else if (dtype == "float32") {
-    type = cpu::FmaType::kFloat32;
+    type = FmaType::kFloat32;
   } else if (dtype == "bfloat16") {
-    type = cpu::FmaType::kBFloat16;
+    type = FmaType::kBFloat16;
   } else {
     STD_TORCH_CHECK(false, "fma_loop: dtype is '", dtype, "', expected float64, float32 or bfloat16");
   }
@@ -46,14 +46,14 @@ int64_t bytes_of(const Tensor& t, const char* op, const char* name) {
   return t.numel() * static_cast<int64_t>(t.element_size());
 }
 
-void stream_copy(Tensor to, Tensor from) {
+void run_stream_copy(Tensor to, Tensor from) {
   const int64_t bytes = bytes_of(from, "stream_copy", "src");
   const int64_t room = bytes_of(to, "stream_copy", "dst");
   STD_TORCH_CHECK(room == bytes, "stream_copy: dst has ", room, " bytes, expected those of src, ", bytes);
   PYEFF_CHOSEN(stream_copy)(to.mutable_data_ptr(), from.const_data_ptr(), bytes, torch_parallel());
 }
 
-int64_t stream_read(Tensor from) {
+int64_t run_stream_read(Tensor from) {
   const int64_t bytes = bytes_of(from, "stream_read", "src");
   return static_cast<int64_t>(PYEFF_CHOSEN(stream_read)(from.const_data_ptr(), bytes, torch_parallel()));
 }
@@ -68,12 +68,12 @@ STABLE_TORCH_LIBRARY(pyeff_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyeff_cpu, CompositeExplicitAutograd, m) {
-  m.impl("isa_built", TORCH_BOX(&isa_built));
-  m.impl("isa_detected", TORCH_BOX(&isa_detected));
-  m.impl("isa_chosen", TORCH_BOX(&isa_chosen));
-  m.impl("fma_loop", TORCH_BOX(&fma_loop));
-  m.impl("stream_copy", TORCH_BOX(&stream_copy));
-  m.impl("stream_read", TORCH_BOX(&stream_read));
+  m.impl("isa_built", TORCH_BOX(&built));
+  m.impl("isa_detected", TORCH_BOX(&detected));
+  m.impl("isa_chosen", TORCH_BOX(&chosen));
+  m.impl("fma_loop", TORCH_BOX(&run_fma_loop));
+  m.impl("stream_copy", TORCH_BOX(&run_stream_copy));
+  m.impl("stream_read", TORCH_BOX(&run_stream_read));
 }
 
 }  // namespace

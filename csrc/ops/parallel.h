@@ -7,7 +7,7 @@
 
 namespace pyeff {
 
-inline cpu::Parallel torch_parallel() {
+inline Parallel torch_parallel() {
   auto run = [](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* argument) {
     torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(argument, begin, end); });
   };
