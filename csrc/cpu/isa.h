@@ -31,11 +31,12 @@
   PYEFF_IF_AVX512(namespace avx512 { __VA_ARGS__ })  \
   PYEFF_IF_AVX512BF16(namespace avx512bf16 { __VA_ARGS__ })
 
-// The address of the chosen set's version of what PYEFF_FOR_EACH_ISA declared, named as within pyeff.
-#define PYEFF_CHOSEN(...)                                                                        \
-  ::pyeff::chosen_of(::pyeff::IsaTable<decltype(&::pyeff::portable::__VA_ARGS__)>{{              \
+// The addresses of all versions of what PYEFF_FOR_EACH_ISA declared, named as within pyeff; and that of the chosen set.
+#define PYEFF_ALL_OF(...)                                                                        \
+  ::pyeff::IsaTable<decltype(&::pyeff::portable::__VA_ARGS__)>{{                                 \
       &::pyeff::portable::__VA_ARGS__, PYEFF_IF_AVX2(&::pyeff::avx2::__VA_ARGS__, )              \
-      PYEFF_IF_AVX512(&::pyeff::avx512::__VA_ARGS__, ) PYEFF_IF_AVX512BF16(&::pyeff::avx512bf16::__VA_ARGS__, )}})
+      PYEFF_IF_AVX512(&::pyeff::avx512::__VA_ARGS__, ) PYEFF_IF_AVX512BF16(&::pyeff::avx512bf16::__VA_ARGS__, )}}
+#define PYEFF_CHOSEN(...) (PYEFF_ALL_OF(__VA_ARGS__).of[::pyeff::isa_chosen()])
 // clang-format on
 
 namespace pyeff {
@@ -53,14 +54,10 @@ unsigned isa_detected();
 // not exclude. Throws std::runtime_error if that variable names no set.
 Isa isa_chosen();
 
+// Null where a set was not built.
 template <class Pointer>
 struct IsaTable {
   Pointer of[kIsaCount];
 };
-
-template <class Pointer>
-Pointer chosen_of(const IsaTable<Pointer>& table) {
-  return table.of[isa_chosen()];
-}
 
 }  // namespace pyeff

@@ -103,6 +103,7 @@ double fma_loop(FmaType type, int64_t iterations, const Parallel& parallel) {
 }
 
 void stream_copy(void* to, const void* from, int64_t bytes, const Parallel& parallel) {
+  if (bytes <= 0) return;
   char* target = static_cast<char*>(to);
   const char* source = static_cast<const char*>(from);
   const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(target) % kLine);
