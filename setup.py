@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -27,6 +28,14 @@ from build_backend import BUILD_TORCH, enabled, find_torch, without_extension  #
 
 # Folders of the tree that are packages inside pyeff.
 MAPPED = {"pyeff.kernels": "kernels", "pyeff.benchmarks": "benchmarks"}
+
+
+class CleanBuild(build):
+    """Starts from an empty folder, or a module that is gone from the tree would stay in the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -40,7 +49,7 @@ class CMakeBuild(build_ext):
                 "PYEFF_TORCH_DIR, or set PYEFF_NO_EXTENSION=1 to install without the native library."
             )
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(os.environ.get("PYEFF_BUILD_DIR") or ROOT / "build" / "release")
+        folder = Path(os.environ.get("PYEFF_BUILD_DIR") or ROOT / "build" / "release")
         args = [
             f"-DPYEFF_OUTPUT={target.parent}",
             f"-DPYEFF_TORCH_DIR={torch}",
@@ -56,9 +65,9 @@ class CMakeBuild(build_ext):
         if ninja:
             # Named each time: a build environment that is gone by the next build may have had another.
             args += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        self._run("cmake", "-S", str(ROOT), "-B", str(build), *args)
+        self._run("cmake", "-S", str(ROOT), "-B", str(folder), *args)
         jobs = [] if ninja or "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ else ["--parallel", str(os.cpu_count() or 1)]
-        self._run("cmake", "--build", str(build), *jobs)
+        self._run("cmake", "--build", str(folder), *jobs)
         if not target.is_file():
             raise RuntimeError(f"pyeff: cmake succeeded but did not write {target}")
 
@@ -86,7 +95,7 @@ def main() -> None:
         package_data={"pyeff": ["py.typed"]},
         include_package_data=False,
         ext_modules=[] if reason else [Extension("pyeff._C", sources=[], py_limited_api=True)],
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
         # One library for every CPython: it does not touch Python's own interface at all.
         options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},
     )
