@@ -25,7 +25,7 @@ REQUIRED = tuple(filter(None, os.environ.get("PYEFF_TEST_REQUIRE", "").split(","
 
 
 def need(op: str, name: str) -> None:
-    """Skips the test where backend ``name`` cannot serve ``op``; fails it where PYEFF_TEST_REQUIRE names the backend."""
+    """Skips the test where backend ``name`` cannot serve ``op``; fails it where PYEFF_TEST_REQUIRE names it."""
     state = backends.support(op, name)
     if not state.usable:
         message = f"{op}: backend {name!r} cannot be used: {state.reason}"
@@ -34,16 +34,17 @@ def need(op: str, name: str) -> None:
 
 # ---- tolerance ----
 #
-# The oracle is the reference in float64 on the very numbers that the low-precision call gets. In a dtype, the reference
-# itself is wrong by `allowed`; a kernel may be wrong by as much, plus what rounding alone does to a sum of K terms.
+# The oracle is the reference in float64 on the very numbers that the low-precision call gets. In a dtype, the
+# reference itself is wrong by `allowed`; a kernel may be wrong by as much, plus what rounding alone does to a sum of
+# K terms.
 #
-# A sum of K terms of size s with random signs has size sqrt(K) s =: scale. Adding term after term rounds K partial sums,
-# the k-th of size sqrt(k) s, each by at most u = eps/2 of itself, with random signs: together
-# u s sqrt(1 + 2 + .. + K) ~ u s K / sqrt(2) = eps / (2 sqrt(2)) * sqrt(K) * scale. Products of low-precision numbers are
-# summed in float32 (float64 for float64), so this eps is the accumulator's. What is stored in the tensors' own dtype is
-# rounded once more, by at most eps(dtype)/2 * scale. The error that is compared is the largest of M elements, and the
-# largest of M draws lies at sqrt(2 log M) standard deviations, 3 to 5 for our sizes, against 2 sqrt(2) above: the constant
-# is 1 for the sum and 1 (two roundings) for the store.
+# A sum of K terms of size s with random signs has size sqrt(K) s =: scale. Adding term after term rounds K partial
+# sums, the k-th of size sqrt(k) s, each by at most u = eps/2 of itself, with random signs: together
+# u s sqrt(1 + 2 + .. + K) ~ u s K / sqrt(2) = eps / (2 sqrt(2)) * sqrt(K) * scale. Products of low-precision numbers
+# are summed in float32 (float64 for float64), so this eps is the accumulator's. What is stored in the tensors' own
+# dtype is rounded once more, by at most eps(dtype)/2 * scale. What is compared is the largest of M errors, and the
+# largest of M draws lies at sqrt(2 log M) standard deviations, 3 to 5 for our sizes, against 2 sqrt(2) above: the
+# constant is 1 for the sum and 1 (two roundings) for the store.
 SUM_CONSTANT = 1.0
 STORE_CONSTANT = 1.0
 

@@ -255,7 +255,7 @@ def test_thread_count_changes_no_bit_of_a_token(kernels, cell, dtype):
     finally:
         torch.set_num_threads(threads)
     for name in found[0]:
-        assert torch.equal(found[0][name], found[1][name]) and torch.equal(found[0][name], found[2][name]), name
+        assert all(torch.equal(found[0][name], other[name]) for other in found[1:]), name
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])

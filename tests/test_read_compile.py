@@ -194,9 +194,7 @@ def test_autocast_step(backend):
     call = make_read("lstm", layers=1, dtype=torch.float32)
     weights = {n: t for n, t in call.tensors.items() if n not in ("phi0", "h0", "c0")}
     with torch.autocast("cpu", torch.bfloat16):
-        h, c = pyeff.ops.read_step(
-            call.phi[0], (call.tensors["h0"], call.tensors["c0"]), **weights, cell="lstm"
-        )
+        h, c = pyeff.ops.read_step(call.phi[0], (call.tensors["h0"], call.tensors["c0"]), **weights, cell="lstm")
     assert h.dtype == c.dtype == torch.bfloat16
     check_read(call.to(torch.bfloat16))
 
