@@ -16,6 +16,18 @@ _RNN_NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 _RNN_CLASSES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
+def like_backbone(t: Tensor | None, phi: Tensor) -> Tensor | None:
+    """A float32 parameter in the dtype of a half-precision backbone; any other difference is left for the op to refuse."""
+    if t is None or t.dtype != torch.float32 or phi.dtype not in (torch.bfloat16, torch.float16):
+        return t
+    return t if torch.is_autocast_enabled(phi.device.type) else t.to(phi.dtype)
+
+
+def linear_like(linear: nn.Linear, x: Tensor) -> Tensor:
+    """``linear(x)``, with the parameters of :func:`like_backbone`."""
+    return F.linear(x, like_backbone(linear.weight, x), like_backbone(linear.bias, x))
+
+
 class ReadAdapter(nn.Module):
     """The correction ``scale * (U hbar + c)`` of a frozen network's output, from the outputs of its layers.
 
@@ -148,8 +160,7 @@ class ReadAdapter(nn.Module):
 
     def project(self, hbar: Tensor) -> Tensor:
         """``scale * (U hbar + c)``: [*, r] -> [*, d]."""
-        weight, bias = self.projection.weight, self.projection.bias
-        out = F.linear(hbar, self._like(weight, hbar), self._like(bias, hbar))
+        out = linear_like(self.projection, hbar)
         return out if self.scale == 1.0 else out * self.scale
 
     def step(self, phi_i: Tensor, state: Tensor | tuple[Tensor, Tensor] | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -239,18 +250,12 @@ class ReadAdapter(nn.Module):
         parts += ["recompute=True"] if self.recompute else []
         return ", ".join(parts)
 
-    def _like(self, t: Tensor | None, phi: Tensor) -> Tensor | None:
-        """Float32 parameters follow a half-precision backbone; any other difference is left for the op to refuse."""
-        if t is None or t.dtype != torch.float32 or phi.dtype not in (torch.bfloat16, torch.float16):
-            return t
-        return t if torch.is_autocast_enabled(phi.device.type) else t.to(phi.dtype)
-
     def _weights(self, phi: Tensor) -> dict[str, Tensor | None]:
         named = {
             "w_ih": self.weight_ih_l0, "w_hh": self.weight_hh_l0, "b_ih": self.bias_ih_l0, "b_hh": self.bias_hh_l0,
             "norm_weight": self.norm_weight, "norm_bias": self.norm_bias,
         }  # fmt: skip
-        return {name: self._like(t, phi) for name, t in named.items()}
+        return {name: like_backbone(t, phi) for name, t in named.items()}
 
     def _first_state(
         self, h0: Tensor | None, c0: Tensor | None, embedding: Tensor | None, weights: Mapping[str, Tensor | None]
@@ -261,8 +266,7 @@ class ReadAdapter(nn.Module):
         elif h0 is None:
             if embedding is None:
                 raise ValueError("ReadAdapter: embedding is None, expected [*, width] with embed_state=True")
-            linear = self.embed_projection
-            h0 = F.linear(embedding, self._like(linear.weight, embedding), self._like(linear.bias, embedding))
+            h0 = linear_like(self.embed_projection, embedding)
         dtype = weights["w_ih"].dtype
         return tuple(t if t is None else t.to(dtype) for t in (h0, c0))
 
