@@ -186,7 +186,7 @@ class Attachment:
         >>> block = torch.nn.Linear(16, 16)
         >>> with read.attach([block], rank=8) as attachment:
         ...     attachment
-        Attachment(layers: 1 of 1 layers, 16 wide; gru, rank 8; 856 trainable parameters)
+        Attachment(layers: 1 of 1 layers, 16 wide; gru, rank 8; 784 trainable parameters)
     """
 
     def __init__(
