@@ -17,7 +17,7 @@ _RNN_CLASSES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
 def like_backbone(t: Tensor | None, phi: Tensor) -> Tensor | None:
-    """A float32 parameter in the dtype of a half-precision backbone; any other difference is left for the op to refuse."""
+    """A float32 parameter in the dtype of a half-precision backbone; the op refuses any other difference."""
     if t is None or t.dtype != torch.float32 or phi.dtype not in (torch.bfloat16, torch.float16):
         return t
     return t if torch.is_autocast_enabled(phi.device.type) else t.to(phi.dtype)
@@ -31,8 +31,9 @@ def linear_like(linear: nn.Linear, x: Tensor) -> Tensor:
 class ReadAdapter(nn.Module):
     """The correction ``scale * (U hbar + c)`` of a frozen network's output, from the outputs of its layers.
 
-    ``hbar`` is :func:`pyeff.ops.read_recurrence` over the layer outputs. The recurrent parameters have the names and the
-    layout of a single-layer torch.nn.RNN, GRU or LSTM, so that ``load_state_dict(gru.state_dict(), strict=False)`` fits.
+    ``hbar`` is :func:`pyeff.ops.read_recurrence` over the layer outputs. The recurrent parameters have the names and
+    the layout of a single-layer torch.nn.RNN, GRU or LSTM, so that ``load_state_dict(gru.state_dict(), strict=False)``
+    fits.
 
     Args:
         width (int): d, the width of the layer outputs and of the correction.
@@ -191,14 +192,15 @@ class ReadAdapter(nn.Module):
         """Copies the recurrent weights of a torch.nn.RNN, GRU or LSTM; norm and projection stay.
 
         Args:
-            source (torch.nn.RNNBase or mapping): the module, or its state dict. One layer, one direction, no projection;
-                a state dict without biases sets them to zero.
+            source (torch.nn.RNNBase or mapping): the module, or its state dict. One layer, one direction, no
+                projection; a state dict without biases sets them to zero.
 
         Returns:
             ReadAdapter: self.
 
         Raises:
-            ValueError: another cell, more than one layer or direction, or shapes that do not fit; nothing is written then.
+            ValueError: another cell, more than one layer or direction, or shapes that do not fit; nothing is written
+                then.
 
         Example:
             >>> import torch, pyeff
@@ -215,7 +217,9 @@ class ReadAdapter(nn.Module):
             source = source.state_dict()
         extra = sorted(name for name in source if name not in _RNN_NAMES)
         if extra:
-            raise ValueError(f"load_torch: source has {', '.join(extra)}, expected one layer and direction, no projection")
+            raise ValueError(
+                f"load_torch: source has {', '.join(extra)}, expected one layer and direction, no projection"
+            )
         values: dict[str, Tensor] = {}
         for name in _RNN_NAMES:
             mine, theirs = getattr(self, name), source.get(name)

@@ -76,14 +76,14 @@ def find_stacks(
 ) -> dict[str, Stack]:
     """The stacks of a model.
 
-    A list, ModuleList or Sequential is its own stack. Elsewhere the stack is the outermost ModuleList whose modules share a
-    class and that holds the most parameters; an encoder-decoder of Hugging Face has one in each half. The stack is called
-    through the module that owns the list.
+    A list, ModuleList or Sequential is its own stack. Elsewhere the stack is the outermost ModuleList whose modules
+    share a class and that holds the most parameters; an encoder-decoder of Hugging Face has one in each half. The stack
+    is called through the module that owns the list.
 
     Args:
         model (Module or sequence of Module): where to search.
-        stack (str, Module or mapping, optional): the layers' ModuleList or Sequential, or a module around it; by path or
-            itself. A mapping with ``"encoder"`` and ``"decoder"`` names both halves.
+        stack (str, Module or mapping, optional): the layers' ModuleList or Sequential, or a module around it; by path
+            or itself. A mapping with ``"encoder"`` and ``"decoder"`` names both halves.
         output (str or Module, optional): the module that returns the stack's output, if not the owner of the layers.
 
     Returns:
@@ -171,10 +171,12 @@ def _single(model: nn.Module, module: nn.Module, path: str) -> Stack:
 
 
 def _closer(found: _Candidate) -> nn.Module:
-    """The owner of the layers; or its final norm, if the owner also pools, so that the pooler sees what was corrected."""
+    """The owner of the layers; or its final norm if the owner also pools, so that the pooler sees corrected states."""
     names = list(found.owner._modules)
     layers = next(i for i, name in enumerate(names) if found.owner._modules[name] is found.layers)
-    after = [(name, found.owner._modules[name]) for name in names[layers + 1 :] if found.owner._modules[name] is not None]
+    after = [
+        (name, found.owner._modules[name]) for name in names[layers + 1 :] if found.owner._modules[name] is not None
+    ]
     pools = [i for i, (name, _) in enumerate(after) if "pool" in name.lower()]
     norms = [module for name, module in after[: pools[0]] if "norm" in name.lower()] if pools else []
     return norms[-1] if norms else found.owner

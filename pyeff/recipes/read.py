@@ -23,7 +23,7 @@ from pyeff.nn import ReadAdapter
 from pyeff.recipes import _files
 from pyeff.recipes._cross import CROSS_ATTENTION, CrossCapture, CrossJoiner, FFNJoiner
 from pyeff.recipes._hooks import Freeze, Local, Watcher
-from pyeff.recipes._read_sessions import ReadSession
+from pyeff.recipes._read_sessions import Probabilities, ReadSession
 from pyeff.recipes._stacks import Stack, find_stacks, resolve
 
 _CHILD, _JOINER = "read_adapter", "read_joiner"
@@ -55,35 +55,36 @@ def attach(
 ) -> Attachment:
     """Freezes ``model`` and corrects its output by READ, through hooks; the model's own code stays as it is.
 
-    Of an encoder or decoder, the module that owns the layers returns corrected states, so that poolers and heads see them.
-    Of a Hugging Face encoder-decoder, only the decoder's output is corrected. The encoder's states stay the backbone's own,
-    or gradients would have to pass through the frozen decoder; the encoder's correction instead reaches the decoder's
-    recurrence through a joiner: ``e_j`` is that correction, averaged by the backbone's own cross-attention probabilities of
-    decoder layer j (mean over the heads). **The joiner is a reconstruction**: the paper's exact one was not available to us.
+    Of an encoder or decoder, the module that owns the layers returns corrected states, so that poolers and heads see
+    them. Of a Hugging Face encoder-decoder, only the decoder's output is corrected. The encoder's states stay the
+    backbone's own, or gradients would have to pass through the frozen decoder; the encoder's correction instead reaches
+    the decoder's recurrence through a joiner: ``e_j`` is that correction, averaged by the backbone's own
+    cross-attention probabilities of decoder layer j (mean over the heads). **The joiner is a reconstruction**: the
+    paper's exact one was not available to us.
 
-    With gradients enabled, references to the layer outputs are kept and the recurrence runs as one operation. Without, the
-    recurrence streams and no layer output is kept. Adapters are submodules of the model (named ``read_adapter``), so attach
-    before wrapping in DistributedDataParallel or building the optimizer.
+    With gradients enabled, references to the layer outputs are kept and the recurrence runs as one operation. Without,
+    the recurrence streams and no layer output is kept. Adapters are submodules of the model (named ``read_adapter``),
+    so attach before wrapping in DistributedDataParallel or building the optimizer.
 
     Args:
         model (Module or sequence of Module): any model with a stack of layers, from Hugging Face or not; or the layers
             themselves, in their order, the last one's output being corrected.
         rank (int), cell (str), norm (str), reduce (str), eps (float), bias (bool), scale (float), zero_init (bool),
-        recompute (bool), embed_state (bool): as in :class:`pyeff.nn.ReadAdapter`. With ``zero_init`` the first output is
-            the backbone's own, exactly. ``embed_state`` projects the first layer's input to the first state.
-        layers (sequence of int, or mapping, optional): the layers that are read; a mapping has one for ``"encoder"`` and
-            ``"decoder"``. Default: all.
+        recompute (bool), embed_state (bool): as in :class:`pyeff.nn.ReadAdapter`. With ``zero_init`` the first output
+            is the backbone's own, exactly. ``embed_state`` projects the first layer's input to the first state.
+        layers (sequence of int, or mapping, optional): the layers that are read; a mapping has one for ``"encoder"``
+            and ``"decoder"``. Default: all.
         joiner (str, optional): of an encoder-decoder: ``"cross"`` for ``x_j = phi_j + P e_j``, ``"ffn"`` for
             ``x_j = phi_j + W2 gelu(W1 [phi_j; e_j])``, or None to read the decoder alone.
-        train (sequence of str or Module): modules that stay trainable, such as the task's head; a name may be the end of a
-            path, as ``"classifier"``.
+        train (sequence of str or Module): modules that stay trainable, such as the task's head; a name may be the end
+            of a path, as ``"classifier"``.
         store (str, optional): ``"bf16"`` keeps (and computes on) layer outputs in bfloat16. Default: references.
-        stack (str, Module or mapping, optional): where the layers are, if not in the ModuleList of alike modules that holds
-            most of the parameters. A mapping names ``"encoder"`` and ``"decoder"``.
+        stack (str, Module or mapping, optional): where the layers are, if not in the ModuleList of alike modules that
+            holds most of the parameters. A mapping names ``"encoder"`` and ``"decoder"``.
         output (str or Module, optional): the module whose output is corrected. Default: the owner of the layers, or its
             final norm if it also has a pooler.
-        width (int, optional): of the layer outputs. Default: the configuration's ``hidden_size``, or a guess that the first
-            call checks.
+        width (int, optional): of the layer outputs. Default: the configuration's ``hidden_size``, or a guess that the
+            first call checks.
         cross_attention (str): regular expression for the names of the decoder layers' cross-attention modules.
         dtype (torch.dtype, optional): of the adapter. Default: the backbone's, and float32 for one in half precision.
 
@@ -91,7 +92,8 @@ def attach(
         Attachment: parameters, saving and loading, and the way back.
 
     Raises:
-        ValueError: no stack was found or several fit, an unknown name or option, or the model has an attachment already.
+        ValueError: no stack was found or several fit, an unknown name or option, or the model has an attachment
+            already.
 
     Example:
         >>> import torch
@@ -140,8 +142,9 @@ def attach(
         sizes, like = (stacks["decoder"].width, stacks["encoder"].width), _placement(stacks["decoder"], dtype)
         join = CrossJoiner(*sizes, **like) if joiner == "cross" else FFNJoiner(*sizes, rank, **like)
     config = {
-        "recipe": "read", "version": 1, "rank": rank, **options, "embed_state": embed_state, "joiner": joiner if join else None,
-        "stacks": {key: {"width": found.width, "of": len(found.layers), "layers": read[key]} for key, found in stacks.items()},
+        "recipe": "read", "version": 1, "rank": rank, **options, "embed_state": embed_state,
+        "joiner": joiner if join else None,
+        "stacks": {key: {"width": s.width, "of": len(s.layers), "layers": read[key]} for key, s in stacks.items()},
         "train": sorted(heads),
     }  # fmt: skip
     return Attachment(root, stacks, read, adapters, join, heads, config, _STORES[store], cross_attention)
@@ -177,7 +180,6 @@ class Attachment:
     Attributes:
         adapters (dict of ReadAdapter): ``"adapter"``, or ``"encoder"`` and ``"decoder"``.
         joiner (Module, optional): of an encoder-decoder.
-        enabled (bool): False gives the backbone's own output, for as long as it is.
         config (dict): what a saved file is checked against.
 
     Example:
@@ -201,7 +203,7 @@ class Attachment:
         store: torch.dtype | None,
         cross_attention: str,
     ) -> None:
-        self.adapters, self.joiner, self.config, self.enabled = adapters, joiner, config, True
+        self.adapters, self.joiner, self.config = adapters, joiner, config
         self._stacks, self._heads, self._store = stacks, heads, store
         self._local, self._watchers = Local(), {}
         # First what may fail, then what changes the model.
@@ -223,6 +225,16 @@ class Attachment:
     def adapter(self) -> ReadAdapter:
         """The adapter that corrects the output: the only one, or the decoder's."""
         return self.adapters.get("adapter") or self.adapters["decoder"]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the output is corrected; set it to False for the backbone's own output."""
+        return bool(self._watchers) and all(watcher.active for watcher in self._watchers.values())
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        for watcher in self._watchers.values():
+            watcher.active = bool(value)
 
     def modules(self) -> dict[str, nn.Module]:
         """What trains, by name: adapters, joiner, and the modules kept trainable as ``train.<path>``."""
@@ -276,7 +288,7 @@ class Attachment:
         return self.train(False)
 
     def detach(self) -> None:
-        """Takes hooks and adapters off the model and restores every ``requires_grad``. Parameters and files stay usable."""
+        """Takes hooks and adapters off the model and restores every ``requires_grad``. The parameters stay usable."""
         if not self._watchers:
             return
         for label, watcher in self._watchers.items():
@@ -301,12 +313,14 @@ class Attachment:
             for key, s in self.config["stacks"].items()
         )
         count = sum(p.numel() for p in self.parameters())
-        return f"Attachment({stacks}; {self.config['cell']}, rank {self.config['rank']}; {count:,} trainable parameters)"
+        return (
+            f"Attachment({stacks}; {self.config['cell']}, rank {self.config['rank']}; {count:,} trainable parameters)"
+        )
 
-    def _begin(self, label: str, args: tuple, kwargs: dict) -> ReadSession | None:
-        if not self.enabled:
-            return None
-        trained = [p for module in (*self.adapters.values(), self.joiner) if module is not None for p in module.parameters()]
+    def _begin(self, label: str, args: tuple, kwargs: dict) -> ReadSession:
+        trained = [
+            p for module in (*self.adapters.values(), self.joiner) if module is not None for p in module.parameters()
+        ]
         streaming = not (torch.is_grad_enabled() and any(p.requires_grad for p in trained))
         session = functools.partial(
             ReadSession, self.adapters[label], self._stacks[label].name, streaming=streaming, store=self._store
@@ -336,11 +350,11 @@ class Attachment:
                 self._local.encoded = (states, correction)
                 return correction
         raise RuntimeError(
-            "the decoder was given encoder states whose correction is not known; run the attached model's encoder in this "
-            "thread right before, or attach with joiner=None"
+            "the decoder was given encoder states whose correction is not known; run the attached model's encoder in "
+            "this thread right before, or attach with joiner=None"
         )
 
-    def _sink(self, *probabilities: Tensor) -> bool:
+    def _sink(self, *probabilities: Probabilities) -> bool:
         """Whether probabilities are wanted now; takes them if they are given."""
         session = self._watchers["decoder"].session if "decoder" in self._watchers else None
         wanted = session is not None and session.wants_probabilities
