@@ -107,7 +107,8 @@ def test_torch_state_dicts_both_ways(cell, bias):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), rnn.parameters(), strict=True))
     by_name = adapter_for(cell, bias=bias)
     result = by_name.load_state_dict(rnn.state_dict(), strict=False)
-    assert not result.unexpected_keys and torch.equal(by_name.weight_ih_l0, rnn.weight_ih_l0)
+    assert not result.unexpected_keys
+    assert torch.equal(by_name.weight_ih_l0, rnn.weight_ih_l0)
 
 
 def test_torch_layouts_that_do_not_fit_are_refused():
@@ -131,7 +132,8 @@ def test_torch_layouts_that_do_not_fit_are_refused():
 
 def test_state_dict_without_biases_clears_them():
     adapter = adapter_for("gru").load_torch(nn.GRU(12, 7, bias=False))
-    assert not adapter.bias_ih_l0.any() and not adapter.bias_hh_l0.any()
+    assert not adapter.bias_ih_l0.any()
+    assert not adapter.bias_hh_l0.any()
 
 
 def test_embed_state():
@@ -157,7 +159,8 @@ def test_float32_parameters_follow_a_half_precision_backbone(cell):
     out = adapter(phi, h0=torch.zeros(2, 5, 7))
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
-    assert adapter.weight_ih_l0.grad.dtype == torch.float32 and adapter.weight_ih_l0.grad.abs().sum() > 0
+    assert adapter.weight_ih_l0.grad.dtype == torch.float32
+    assert adapter.weight_ih_l0.grad.abs().sum() > 0
     exact = adapter.double()([p.double() for p in phi])
     # Rounding of inputs, weights and states to bfloat16, over four layers of a contracting recurrence.
     assert (out.double() - exact).abs().max() < 8 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
@@ -213,4 +216,5 @@ def test_repr_says_what_it_is():
 
 def test_examples():
     result = doctest.testmod(pyeff.nn.read)
-    assert result.attempted and not result.failed
+    assert result.attempted
+    assert not result.failed

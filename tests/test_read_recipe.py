@@ -249,7 +249,8 @@ def test_autocast():
     trained.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in attachment.parameters())
     bound = 16 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
-    assert (trained - exact).abs().max() < bound and (streamed - exact).abs().max() < bound
+    assert (trained - exact).abs().max() < bound
+    assert (streamed - exact).abs().max() < bound
 
 
 def test_half_precision_backbone_gets_a_float32_adapter():
@@ -297,8 +298,10 @@ def test_backbone_records_nothing_for_autograd():
         handles.append(layer.register_forward_hook(lambda m, i, o: inside.clear()))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(**inputs("bert")).last_hidden_state.sum().backward()
-    assert len(outputs) == 4 and not any(o.requires_grad for o in outputs)
-    assert saved["inside"] == 0 and saved["outside"]
+    assert len(outputs) == 4
+    assert not any(o.requires_grad for o in outputs)
+    assert saved["inside"] == 0
+    assert saved["outside"]
     assert all(p.grad is not None for p in attachment.parameters())
 
 
@@ -319,7 +322,8 @@ def test_streaming_keeps_no_layer_output():
     with torch.no_grad():
         model(**inputs("bert"))
     # The one that was just made, and the one that it was made from.
-    assert len(alive) == 3 and most <= 2
+    assert len(alive) == 3
+    assert most <= 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -342,7 +346,8 @@ def test_hidden_states_end_with_what_is_returned():
     output = model.transformer(**inputs("gpt2"), output_hidden_states=True)
     assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
     as_tuple = model.transformer(**inputs("gpt2"), return_dict=False)
-    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], output.last_hidden_state)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], output.last_hidden_state)
 
 
 def test_copies_and_compiles():

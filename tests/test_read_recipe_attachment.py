@@ -102,7 +102,8 @@ def test_modules_as_layers(kind):
     assert all(p.grad is not None for p in attachment.parameters())
     assert all(p.grad is None for block in blocks for name, p in block.named_parameters() if "read_" not in name)
     attachment.detach()
-    assert torch.equal(run(), own) and all(p.requires_grad for block in blocks for p in block.parameters())
+    assert torch.equal(run(), own)
+    assert all(p.requires_grad for block in blocks for p in block.parameters())
 
 
 def test_output_module_of_a_list():
@@ -121,7 +122,8 @@ def test_output_module_of_a_list():
     got = norm(x)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     got.sum().backward()
-    assert not norm.weight.requires_grad and attachment.adapter.weight_ih_l0.grad.abs().sum() > 0
+    assert not norm.weight.requires_grad
+    assert attachment.adapter.weight_ih_l0.grad.abs().sum() > 0
 
 
 def test_checkpoints_that_cannot_work_say_so():
@@ -146,7 +148,8 @@ def test_finds_the_stack_of_any_model():
     attachment = read.attach(model, 8)
     assert "body.blocks: 3 of 3 layers, 16 wide" in repr(attachment)
     randomise(attachment)
-    assert isinstance(model.body(X), Pair) and model.body(X).extra == "extra"
+    assert isinstance(model.body(X), Pair)
+    assert model.body(X).extra == "extra"
 
 
 def test_stack_can_be_named():
@@ -171,7 +174,8 @@ def test_heads_train_if_asked(as_module, tmp_path):
         "head.weight", "head.bias",
     }  # fmt: skip
     names = dict(attachment.named_parameters())
-    assert names["train.head.weight"] is model.head.weight and len(list(attachment.parameters())) == len(names)
+    assert names["train.head.weight"] is model.head.weight
+    assert len(list(attachment.parameters())) == len(names)
     randomise(attachment)
     attachment.save(tmp_path / "a.safetensors")
     other = make(seed=1)
@@ -189,7 +193,8 @@ def test_mixed_requires_grad_comes_back():
     before = [p.requires_grad for p in model.parameters()]
     names = [name for name, _ in model.named_parameters()]
     with read.attach(model, 8, train=("head",)):
-        assert model.head.bias.requires_grad and not model.body.norm.weight.requires_grad
+        assert model.head.bias.requires_grad
+        assert not model.body.norm.weight.requires_grad
     assert [p.requires_grad for p in model.parameters()] == before
     assert [name for name, _ in model.named_parameters()] == names
 
@@ -238,7 +243,7 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
             attachment.load(path)
         tensors["other"] = tensors.pop("adapter.weight_hh_l0")
         safetensors_torch.save_file(tensors, path, metadata)
-        with pytest.raises(ValueError, match="adapter.weight_hh_l0 is missing; other was not expected"):
+        with pytest.raises(ValueError, match=r"adapter\.weight_hh_l0 is missing; other was not expected"):
             attachment.load(path)
         safetensors_torch.save_file(tensors, path)
         with pytest.raises(ValueError, match="no pyeff configuration"):
@@ -253,16 +258,19 @@ def test_enabled_switch_and_modes():
     randomise(attachment)
     corrected = model(X)
     attachment.enabled = False
-    assert not attachment.enabled and torch.equal(model(X), own)
+    assert not attachment.enabled
+    assert torch.equal(model(X), own)
     attachment.enabled = True
     assert torch.equal(model(X), corrected)
-    assert not attachment.eval().adapter.training and model.body.training
+    assert not attachment.eval().adapter.training
+    assert model.body.training
     assert attachment.train().adapter.training
     model.eval()
     assert not attachment.adapter.training
     attachment.detach()
     attachment.detach()
-    assert not attachment.enabled and torch.equal(model(X), own)
+    assert not attachment.enabled
+    assert torch.equal(model(X), own)
 
 
 def test_a_call_that_raises_leaves_nothing_open():

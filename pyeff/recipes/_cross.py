@@ -84,10 +84,8 @@ def attention_probabilities(
         if mask is not None:
             if mask.dim() == 2:
                 mask = mask[:, None, None, :].bool()
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, torch.finfo(wide).min)
-            else:
-                scores = scores + mask
+            hidden = torch.finfo(wide).min
+            scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(-1).mean(1)
 
 
@@ -158,7 +156,7 @@ def _register() -> None:
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    capture: CrossCapture = module._read_capture
+    capture: Any = module._read_capture
     result = _original(module, capture.config_of(module))(module, query, key, value, mask, **kwargs)
     if capture.sink():
         if mask is not None and not isinstance(mask, Tensor):

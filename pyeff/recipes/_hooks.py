@@ -40,7 +40,7 @@ class Watcher:
 
     Args:
         stack (Stack): what to follow.
-        begin (callable): ``begin(args, kwargs)`` of the opener's call returns a Session, or None to stay out of it.
+        begin (callable): ``begin(args, kwargs)`` of the opener's call returns a :class:`Session`, or None to stay out.
         layers (sequence of int): the layers whose outputs count.
         first_input (callable, optional): called as ``first_input(session, tensor)`` with the first layer's input.
 
@@ -51,9 +51,9 @@ class Watcher:
     def __init__(
         self,
         stack: Stack,
-        begin: Callable[[tuple, dict], Session | None],
+        begin: Callable[[tuple, dict], Any],
         layers: Sequence[int],
-        first_input: Callable[[Session, Tensor], None] | None = None,
+        first_input: Callable[[Any, Tensor], None] | None = None,
     ) -> None:
         self.stack, self._begin, self._first_input, self._local = stack, begin, first_input, Local()
         self.active = True
@@ -68,8 +68,8 @@ class Watcher:
             self._handles.append(stack.opener.register_forward_hook(self._leave, always_call=True))
 
     @property
-    def session(self) -> Session | None:
-        """The session that is open in this thread."""
+    def session(self) -> Any:
+        """The :class:`Session` that is open in this thread."""
         return getattr(self._local, "session", None)
 
     def remove(self) -> None:
@@ -84,7 +84,7 @@ class Watcher:
             self._local.session = self._begin(args, kwargs)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.session is not None:
+        if self.session is not None and self._first_input is not None:
             self._first_input(self.session, first_tensor((*args, *kwargs.values()), "the first layer's input"))
 
     def _layer(self, index: int, module: nn.Module, args: tuple, output: Any) -> None:
@@ -146,17 +146,12 @@ def replace_first(output: Any, new: Tensor) -> Any:
     if isinstance(output, tuple):
         items = [*output[:key], new, *output[key + 1 :]]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    if isinstance(output, (list, Mapping)):
-        output[key] = new
-    else:
-        setattr(output, key, new)
+    indexed = isinstance(output, (list, Mapping))
+    assign: Any = type(output).__setitem__ if indexed else setattr
+    assign(output, key, new)
     states = getattr(output, "hidden_states", None)
     if isinstance(states, tuple) and states and states[-1] is old:
-        tied = (*states[:-1], new)
-        if isinstance(output, Mapping):
-            output["hidden_states"] = tied
-        else:
-            output.hidden_states = tied
+        assign(output, "hidden_states", (*states[:-1], new))
     return output
 
 

@@ -105,7 +105,7 @@ class ReadSession:
         return output + correction.to(output.dtype)
 
     def _join(self, phi: Tensor, probabilities: Probabilities) -> Tensor:
-        if probabilities is None:
+        if probabilities is None or self.joiner is None or self.encoded is None:
             return phi
         if callable(probabilities):
             probabilities = probabilities()

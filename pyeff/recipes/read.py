@@ -115,10 +115,11 @@ def attach(
     stacks = find_stacks(model, stack, output)
     if joiner is None:
         stacks.pop("encoder", None)
-    root = model if isinstance(model, nn.Module) else nn.ModuleList(model)
-    if isinstance(output, nn.Module) and not isinstance(model, nn.Module):
-        root.append(output)
-    options = {"cell": cell, "norm": norm, "eps": eps, "reduce": reduce, "bias": bias, "scale": scale}
+    if isinstance(model, nn.Module):
+        root = model
+    else:
+        root = nn.ModuleList([*model, output] if isinstance(output, nn.Module) else model)
+    options: dict[str, Any] = {"cell": cell, "norm": norm, "eps": eps, "reduce": reduce, "bias": bias, "scale": scale}
     make = functools.partial(
         ReadAdapter, rank=rank, zero_init=zero_init, recompute=recompute, embed_state=embed_state, **options
     )
@@ -130,16 +131,17 @@ def attach(
         if found.width is None:
             raise ValueError(f"the width of {found.name} could not be told, expected width=")
         read[label] = _chosen(layers, label, found)
-        adapters[label] = make(found.width, **_placement(found, dtype))
+        adapters[label] = make(width=found.width, **_placement(found, dtype))
     for item in train:
         module = resolve(root, item, "train")
         name = next((name for name, m in root.named_modules() if m is module), None)
         if name is None:
             raise ValueError(f"train: the {type(module).__name__} is not a module of the model")
         heads[name] = module
-    join = None
+    join: nn.Module | None = None
     if "encoder" in stacks:
-        sizes, like = (stacks["decoder"].width, stacks["encoder"].width), _placement(stacks["decoder"], dtype)
+        sizes = adapters["decoder"].width, adapters["encoder"].width
+        like = _placement(stacks["decoder"], dtype)
         join = CrossJoiner(*sizes, **like) if joiner == "cross" else FFNJoiner(*sizes, rank, **like)
     config = {
         "recipe": "read", "version": 1, "rank": rank, **options, "embed_state": embed_state,
@@ -207,7 +209,7 @@ class Attachment:
         self._stacks, self._heads, self._store = stacks, heads, store
         self._local, self._watchers = Local(), {}
         # First what may fail, then what changes the model.
-        self._capture = None
+        self._capture: CrossCapture | None = None
         if joiner is not None:
             decoder = stacks["decoder"]
             self._capture = CrossCapture([decoder.layers[i] for i in layers["decoder"]], self._sink, cross_attention)
@@ -294,7 +296,7 @@ class Attachment:
         for label, watcher in self._watchers.items():
             watcher.remove()
             delattr(self._stacks[label].home, _CHILD)
-        if self.joiner is not None:
+        if self._capture is not None:
             delattr(self._stacks["decoder"].home, _JOINER)
             self._capture.remove()
         self._watchers = {}
@@ -340,12 +342,14 @@ class Attachment:
 
         Generation calls the encoder once and the decoder for every token, with the states repeated for each beam.
         """
-        own, correction = getattr(self._local, "encoded", (None, None))
-        if states is own:
-            return correction
-        if own is not None and states.shape[1:] == own.shape[1:] and states.shape[0] % max(own.shape[0], 1) == 0:
+        known: tuple[Tensor, Tensor] | None = getattr(self._local, "encoded", None)
+        if known is not None:
+            own, correction = known
+            if states is own:
+                return correction
             beams = states.shape[0] // max(own.shape[0], 1)
-            if torch.equal(states, own.repeat_interleave(beams, 0)):
+            same = states.shape == (beams * own.shape[0], *own.shape[1:])
+            if same and torch.equal(states, own.repeat_interleave(beams, 0)):
                 correction = correction.repeat_interleave(beams, 0)
                 self._local.encoded = (states, correction)
                 return correction
@@ -356,8 +360,9 @@ class Attachment:
 
     def _sink(self, *probabilities: Probabilities) -> bool:
         """Whether probabilities are wanted now; takes them if they are given."""
-        session = self._watchers["decoder"].session if "decoder" in self._watchers else None
-        wanted = session is not None and session.wants_probabilities
-        if wanted and probabilities:
+        session: ReadSession | None = self._watchers["decoder"].session if "decoder" in self._watchers else None
+        if session is None or not session.wants_probabilities:
+            return False
+        if probabilities:
             session.probabilities = probabilities[0]
-        return wanted
+        return True
