@@ -49,7 +49,10 @@ def unavailable_reason() -> str:
 
 
 def open_tokens(tensors: Iterable[Tensor]) -> None:
-    """Tells Dynamo that the first dimension varies, so that a new number of tokens compiles nothing (one is its own case)."""
+    """Tells Dynamo that the first dimension varies, so that a new number of tokens compiles nothing (one is its own case).
+
+    The mark stays on the tensors, which the contenders share, and one may have a reason to specialise: a hint, not a demand.
+    """
     for t in tensors:
         if t.shape[0] > 1:
-            torch._dynamo.mark_dynamic(t, 0)
+            torch._dynamo.maybe_mark_dynamic(t, 0)

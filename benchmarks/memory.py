@@ -4,8 +4,10 @@ Saved bytes come from autograd itself: the storages of the tensors that it saves
 of the inputs and parameters, which live anyway.
 
 Peak bytes on Linux are the growth of the resident set: the heap's free pages are given back, the kernel's high-water mark is
-reset (``/proc/self/clear_refs``), the call runs, and the mark is read. That counts scratch memory of every library (MKL,
-oneDNN, ours) where torch's own statistics would not; it does not count scratch that a library has kept from an earlier call.
+reset (``/proc/self/clear_refs``), the call runs, and the mark is read. This sees the scratch memory of every library (MKL,
+oneDNN, ours), which torch's own statistics do not; it misses scratch that a library has kept from an earlier call. The call
+runs on a thread of its own, whose heap has no holes from earlier calls, with glibc told to take separate pages for all but
+small blocks: what is freed is gone, and fragmentation is not counted. Below a few hundred KB the number means nothing.
 Elsewhere torch's allocator events are used, on a GPU its allocator's peak. ``METHODS`` has the words for the results.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -52,12 +55,15 @@ def saved_and_peak(call: Callable[[], object], known: Iterable[Tensor], device: 
             saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        peak, method = _peak(call, device)
+    def hooked() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            call()
+
+    peak, method = _peak(hooked, device)
     return sum(saved.values()), peak, method
 
 
-def _peak(call: Callable[[], object], device: str) -> tuple[int, str]:
+def _peak(call: Callable[[], None], device: str) -> tuple[int, str]:
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -67,19 +73,58 @@ def _peak(call: Callable[[], object], device: str) -> tuple[int, str]:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, "cuda"
     if _reset_high_water():
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before), "rss"
+        try:
+            return _peak_on_thread(call), "rss"
+        finally:
+            _allocate_from(_SETTLED_BYTES)
     return _peak_of_allocations(call), "allocator"
+
+
+def _peak_on_thread(call: Callable[[], None]) -> int:
+    grad, peak, failed = torch.is_grad_enabled(), 0, None
+
+    def body() -> None:
+        nonlocal peak, failed
+        try:
+            with torch.set_grad_enabled(grad):
+                torch.ones(1 << 16).sum()  # the thread's own team of workers exists before the count begins
+                before = _status("VmRSS")
+                call()
+                peak = max(0, _status("VmHWM") - before)
+        except BaseException as error:  # handed to the caller's thread
+            failed = error
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    if failed is not None:
+        raise failed
+    return peak
+
+
+# Where glibc's own threshold between heap and separate pages ends up once a process frees large blocks.
+_SETTLED_BYTES = 32 << 20
+
+
+def _allocate_from(separate_bytes: int) -> None:
+    """Sets the size from which glibc takes separate pages, and twice that as what the heap may keep (mallopt)."""
+    mmap_threshold, trim_threshold = -3, -1
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, separate_bytes)
+    libc.mallopt(trim_threshold, 2 * separate_bytes)
 
 
 def _reset_high_water() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
+        _allocate_from(64 << 10)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):  # no permission, or a C library without malloc_trim
+    except AttributeError:  # a C library without these
+        return False
+    except OSError:  # no permission
+        _allocate_from(_SETTLED_BYTES)
         return False
     return True
 

@@ -145,12 +145,11 @@ def torch_nn(sets: Sequence[Inputs]) -> list[Call]:
     w_ih, w_hh, b_ih, b_hh, gamma = sets[0].weights
     module = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[sets[0].cell](w_ih.shape[1], w_hh.shape[1])
     module = module.to(w_ih.device, w_ih.dtype)
-    with torch.no_grad():
-        for parameter, value in zip(module.parameters(), (w_ih, w_hh, b_ih, b_hh), strict=True):
-            parameter.copy_(value)
     parameters = list(module.parameters())
-    for parameter in parameters:
-        parameter.requires_grad_(sets[0].grad_out is not None)
+    for parameter, value in zip(parameters, (w_ih, w_hh, b_ih, b_hh), strict=True):
+        # The same memory, so that it counts as a parameter and not as something saved.
+        parameter.data = value.detach()
+        parameter.requires_grad_(value.requires_grad)
 
     def one(s: Inputs) -> Call:
         def function() -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 FORWARD, TRAINING = "forward", "forward+backward"
-# The row files, in the order of the tables. Each is imported on first use and registers itself.
-ROWS = ("gemm", "read")
+# The row files and their operations, in the order of the tables. A file is imported on first use and registers itself.
+ROWS = {"gemm": ("linear",), "read": ("read_recurrence",)}
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.group} {self.point}"
+        return f"{self.group} {self.point}".strip()
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ class Selection:
     match: str = ""
 
     def takes(self, case: Case) -> bool:
-        text = f"{case.op} {case.label} {dtype_name(case.dtype)} {case.mode}"
-        return all(word in text.split() or word in text for word in self.match.split())
+        return matches(self.match, case.op, case.label, dtype_name(case.dtype), case.mode)
 
 
 _rows: dict[str, Callable[[Selection], Iterator[Case]]] = {}
@@ -116,20 +115,31 @@ def register(stem: str) -> Callable[[Callable[[Selection], Iterator[Case]]], Cal
     return add
 
 
-def cases(op: str | None, select: Selection) -> list[Case]:
-    """The cases of a row (``"read"``) or an operation (``"read_recurrence"``), or of all rows.
+def operations(op: str | None) -> tuple[str, ...]:
+    """The operations of a row (``"read"``), an operation itself (``"read_recurrence"``), or all of them.
 
     Raises:
         ValueError: no such row or operation.
     """
-    for stem in ROWS:
-        importlib.import_module(f"{__package__}.{stem}")
-    if op is None or op in _rows:
-        return [case for stem in ([op] if op else ROWS) for case in _rows[stem](select) if select.takes(case)]
-    found = [case for row in _rows.values() for case in row(select) if case.op == op]
-    if not found:
-        raise ValueError(f"no benchmark is called {op!r}, expected one of {', '.join(ROWS)}, or one of their operations")
-    return [case for case in found if select.takes(case)]
+    known = tuple(name for names in ROWS.values() for name in names)
+    if op is not None and op not in ROWS and op not in known:
+        raise ValueError(f"no benchmark is called {op!r}, expected one of {', '.join((*ROWS, *known))}")
+    return known if op is None else ROWS.get(op, (op,))
+
+
+def cases(op: str | None, select: Selection) -> list[Case]:
+    """The cases of what :func:`operations` takes, in the order of the tables."""
+    wanted, found = operations(op), []
+    for stem, names in ROWS.items():
+        if set(names) & set(wanted):
+            importlib.import_module(f"{__package__}.{stem}")
+            found += [case for case in _rows[stem](select) if case.op in wanted and select.takes(case)]
+    return found
+
+
+def matches(words: str, op: str, label: str, dtype: str, mode: str) -> bool:
+    """Whether a case has all of ``words``, such as ``"gru 64 float32 forward"``."""
+    return set(words.split()) <= {op, dtype, mode, *label.split()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

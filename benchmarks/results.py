@@ -74,7 +74,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return f"{self.group} {self.point}"
+        return f"{self.group} {self.point}".strip()
 
     def timed(self) -> list[Measured]:
         return [c for c in self.contenders if c.status == TIMED]

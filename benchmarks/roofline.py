@@ -22,7 +22,7 @@ from .registry import dtype_name
 COPY = "copy"
 _SAMPLES_AROUND = 2  # on each side of a case
 _SAMPLE_SECONDS = 0.02
-_COPY_BYTES = {"cpu": 192 << 20, "cuda": 2 << 30}
+_COPY_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 
 
 @dataclass
