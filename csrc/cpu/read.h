@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace pyeff {
@@ -12,9 +13,6 @@ enum class Norm : int { rms, layer, none };
 enum class Reduce : int { mean, last };
 enum class Number : int { f64, f32, bf16 };
 
-constexpr int read_gates(Cell cell) { return cell == Cell::rnn ? 1 : cell == Cell::gru ? 3 : 4; }
-// Gate values kept for the backward, in units of the rank: (r, z, n, R_n h + b) or (i, f, g, o).
-constexpr int read_saved_gates(Cell cell) { return cell == Cell::rnn ? 0 : 4; }
 
 // The rows of one layer output [*, d]: row n starts where the mixed-radix digits of n over `size` point.
 struct ReadRows {
@@ -23,16 +21,6 @@ struct ReadRows {
   int64_t inner;  // stride along d, in elements
   int dims;
   int64_t size[kMaxDims], stride[kMaxDims];
-
-  int64_t offset(int64_t row) const {
-    if (dims == 1) return row * stride[0];
-    int64_t sum = 0;
-    for (int i = dims - 1; i >= 0; --i) {
-      sum += row % size[i] * stride[i];
-      row /= size[i];
-    }
-    return sum;
-  }
 };
 
 // Weights, states and what is saved are contiguous and of one number type; a null pointer stands for "not given".
@@ -61,12 +49,7 @@ struct ReadBackward {
 };
 
 // False when there is not enough memory for the scratch.
-using ReadForwardKernel = bool (*)(const ReadProblem&, const ReadForward&, const Parallel&);
-using ReadBackwardKernel = bool (*)(const ReadProblem&, const ReadBackward&, const Parallel&);
-
-struct ReadKernels {
-  ReadForwardKernel forward;
-  ReadBackwardKernel backward;
-};
+PYEFF_FOR_EACH_ISA(bool read_forward(const ReadProblem&, const ReadForward&, const Parallel&);
+                   bool read_backward(const ReadProblem&, const ReadBackward&, const Parallel&);)
 
 }  // namespace pyeff

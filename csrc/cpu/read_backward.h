@@ -7,7 +7,7 @@ namespace pyeff {
 namespace PYEFF_ISA {
 
 template <class T, class CellT>
-bool read_backward(const ReadProblem& p, const ReadBackward& out, const Parallel& parallel) {
+bool run_read_backward(const ReadProblem& p, const ReadBackward& out, const Parallel& parallel) {
   using Shape = ReverseShape<T, CellT>;
   using Outer = ReadOuter<T, CellT>;
   using Reverse = ReverseBlock<T, CellT>;

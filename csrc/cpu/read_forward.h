@@ -194,7 +194,7 @@ PYEFF_INLINE void token_range(int64_t tokens, int64_t i, int64_t parts, int64_t&
 }
 
 template <class T, class CellT>
-bool read_forward(const ReadProblem& p, const ReadForward& out, const Parallel& parallel) {
+bool run_read_forward(const ReadProblem& p, const ReadForward& out, const Parallel& parallel) {
   using Shape = ReadShape<T, CellT>;
   using Block = ReadBlock<T, CellT>;
   const Shape s(p);

@@ -81,7 +81,7 @@ struct ReadOuter {
       if (from_x)
         pack_columns_kn<T, T>(
             right + v * kUnits, kColumns,
-            [&](int64_t k) { return static_cast<const T*>(phi.data) + phi.offset(first + k) + at * phi.inner; },
+            [&](int64_t k) { return static_cast<const T*>(phi.data) + row_offset(phi, first + k) + at * phi.inner; },
             phi.inner, columns - at, count, mean, normed ? stats : nullptr);
       else
         pack_columns_kn<T, T>(

@@ -1,7 +1,7 @@
 // READ's weights in the order in which its tiles read them, and its input rows with their statistics.
 #pragma once
 
-#include "memory.h"
+#include "arena.h"
 #include "pack.h"
 #include "read_cells.h"
 
@@ -11,6 +11,17 @@ namespace PYEFF_ISA {
 PYEFF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 PYEFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PYEFF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Where row `row` of a layer output starts.
+PYEFF_INLINE int64_t row_offset(const ReadRows& rows, int64_t row) {
+  if (rows.dims == 1) return row * rows.stride[0];
+  int64_t sum = 0;
+  for (int i = rows.dims - 1; i >= 0; --i) {
+    sum += row % rows.size[i] * rows.stride[i];
+    row /= rows.size[i];
+  }
+  return sum;
+}
 
 // Sizes that follow from the problem, in one place.
 template <class T, class CellT>
@@ -138,7 +149,7 @@ struct ReadInput {
     const T* data = static_cast<const T*>(rows.data);
     const bool direct = in_place(p, rows);
     for (int64_t n = 0; n < count; ++n) {
-      const T* row = data + rows.offset(first + n);
+      const T* row = data + row_offset(rows, first + n);
       row_statistics(row, rows.inner, p.width, p.norm, p.eps, mean[n], rstd[n]);
       if (direct) {
         pointers[n] = reinterpret_cast<const Element*>(row);

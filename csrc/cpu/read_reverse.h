@@ -248,7 +248,7 @@ struct ReverseBlock {
   // dphi = rstd (g gamma - [mean(g gamma)] - xhat mean(g gamma xhat)), the bracket for the layer norm only.
   void reverse_norm(int64_t layer, int64_t token, C* g) {
     const ReadRows& rows = p.phi[layer];
-    const T* row = static_cast<const T*>(rows.data) + rows.offset(token);
+    const T* row = static_cast<const T*>(rows.data) + row_offset(rows, token);
     const T* gamma = static_cast<const T*>(p.norm_weight);
     T* dphi = static_cast<T*>(out.dphi[layer]) + token * s.width;
     if (p.norm == Norm::none) {
