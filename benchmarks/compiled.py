@@ -15,8 +15,8 @@ from .registry import Unavailable
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile(fullgraph=True)`` of a private copy of ``function``.
 
-    Dynamo keeps its graphs by code object and gives up after eight for one; a copy for each cell, dtype and mode keeps the
-    benchmark from running into that and falling back to eager unseen.
+    Dynamo keeps its graphs by code object and gives up after eight for one; a copy for each cell, dtype and mode keeps
+    the benchmark from running into that and falling back to eager unseen.
 
     Raises:
         Unavailable: there is no compiler that Inductor could use.
@@ -49,9 +49,11 @@ def unavailable_reason() -> str:
 
 
 def open_tokens(tensors: Iterable[Tensor]) -> None:
-    """Tells Dynamo that the first dimension varies, so that a new number of tokens compiles nothing (one is its own case).
+    """Tells Dynamo that the first dimension varies, so that a new number of tokens compiles nothing (one is its own
+    case).
 
-    The mark stays on the tensors, which the contenders share, and one may have a reason to specialise: a hint, not a demand.
+    The mark stays on the tensors, which the contenders share, and one may have a reason to specialise: a hint, not a
+    demand.
     """
     for t in tensors:
         if t.shape[0] > 1:

@@ -1,7 +1,7 @@
 """The shared matrix kernel: a linear layer at the sizes of a base encoder, against torch's own and oneDNN's.
 
-Sizes are tokens x in x out. Every input set has its own weights: in a network, another layer's were used last. Packing a
-weight happens once for each and is not timed, neither ours nor oneDNN's.
+Sizes are tokens x in x out. Every input set has its own weights: in a network, another layer's were used last. Packing
+a weight happens once for each and is not timed, neither ours nor oneDNN's.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def compiled_reference(sets: Sequence[Inputs]) -> list[Call]:
 
 
 def onednn(sets: Sequence[Inputs]) -> list[Call]:
-    x, weight = sets[0].tensors()
+    x = sets[0].x
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         raise Unavailable("oneDNN's prepacked products are for the CPU, in a torch built with oneDNN")
     if x.dtype not in (torch.float32, torch.bfloat16):

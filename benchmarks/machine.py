@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -18,7 +20,8 @@ def cpu() -> dict[str, object]:
     """Model, cores, instruction sets and the last cache of the processor, and torch's threads."""
     info = _read("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.*)$", info, re.M)
-    flags = set(re.search(r"^(?:flags|Features)\s*: (.*)$", info, re.M)[1].split()) if "\n" in info else set()
+    features = re.search(r"^(?:flags|Features)\s*: (.*)$", info, re.M)
+    flags = set(features[1].split()) if features else set()
     return {
         "model": model[1].strip() if model else platform.processor() or platform.machine(),
         "architecture": platform.machine(),
@@ -35,7 +38,12 @@ def gpu() -> dict[str, object] | None:
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}", "cuda": torch.version.cuda}
+    return {
+        "name": p.name,
+        "memory_bytes": p.total_memory,
+        "capability": f"{p.major}.{p.minor}",
+        "cuda": torch.version.cuda,
+    }
 
 
 def versions() -> dict[str, str]:
@@ -49,6 +57,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
     """The commit of the checkout that this file lies in, ``+`` behind it where files differ; None outside of one."""
     here = str(Path(__file__).parent)
@@ -57,7 +66,10 @@ def commit() -> str | None:
         subprocess.run(["git", "-C", here, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
         sha = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
         changed = subprocess.run(
-            ["git", "-C", here, "status", "--porcelain", "--untracked-files=no"], check=True, capture_output=True, text=True
+            ["git", "-C", here, "status", "--porcelain", "--untracked-files=no"],
+            check=True,
+            capture_output=True,
+            text=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -76,8 +88,6 @@ def last_cache_bytes() -> int:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

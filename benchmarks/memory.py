@@ -1,14 +1,15 @@
 """Memory of a call: what it keeps for the backward, and how far it makes the process grow at its peak.
 
-Saved bytes come from autograd itself: the storages of the tensors that it saves, each counted once and whole, without those
-of the inputs and parameters, which live anyway.
+Saved bytes come from autograd itself: the storages of the tensors that it saves, each counted once and whole, without
+those of the inputs and parameters, which live anyway.
 
-Peak bytes on Linux are the growth of the resident set: the heap's free pages are given back, the kernel's high-water mark is
-reset (``/proc/self/clear_refs``), the call runs, and the mark is read. This sees the scratch memory of every library (MKL,
-oneDNN, ours), which torch's own statistics do not; it misses scratch that a library has kept from an earlier call. The call
-runs on a thread of its own, whose heap has no holes from earlier calls, with glibc told to take separate pages for all but
-small blocks: what is freed is gone, and fragmentation is not counted. Below a few hundred KB the number means nothing.
-Elsewhere torch's allocator events are used, on a GPU its allocator's peak. ``METHODS`` has the words for the results.
+Peak bytes on Linux are the growth of the resident set: the heap's free pages are given back, the kernel's high-water
+mark is reset (``/proc/self/clear_refs``), the call runs, and the mark is read. This sees the scratch memory of every
+library (MKL, oneDNN, ours), which torch's own statistics do not; it misses scratch that a library has kept from an
+earlier call. The call runs on a thread of its own, whose heap has no holes from earlier calls, with glibc told to take
+separate pages for all but small blocks: what is freed is gone, and fragmentation is not counted. Below a few hundred KB
+the number means nothing. Elsewhere torch's allocator events are used, on a GPU its allocator's peak. ``METHODS`` has
+the words for the results.
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ def save(run: Run, path: str | Path) -> None:
             ax.set_title(f"{name or first.op}, {first.dtype}, {first.mode}", fontsize=9)
         line[0].set_ylabel("time over floor")
         _gain(line[-1], groups)
-    figure.suptitle(f"{run.machine['model']}, {run.machine['threads']} threads, torch {run.versions['torch']}", fontsize=10)
+    figure.suptitle(
+        f"{run.machine['model']}, {run.machine['threads']} threads, torch {run.versions['torch']}", fontsize=10
+    )
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     ordered = [name for name in colors if name in handles]
     figure.legend([handles[n] for n in ordered], ordered, loc="outside lower center", ncols=len(ordered), fontsize=9)
@@ -64,8 +66,8 @@ def _over_floor(ax, rows: list[Row], colors: dict[str, str]) -> None:
         points = [(i, row.over_floor(c)) for i, row in enumerate(rows) for c in row.timed() if c.name == name]
         if points:
             ours = color == _OURS
-            ax.plot(*zip(*points, strict=True), "o-", color=color, label=name, lw=2.4 if ours else 1.2, ms=5 if ours else 3.5,
-                    zorder=3 if ours else 2)  # fmt: skip
+            style = {"lw": 2.4, "ms": 5, "zorder": 3} if ours else {"lw": 1.2, "ms": 3.5, "zorder": 2}
+            ax.plot(*zip(*points, strict=True), "o-", color=color, label=name, **style)
     ax.axhline(1, color="black", lw=0.8, ls=":")
     ax.set_yscale("log")
     _ticks(ax, rows)

@@ -1,7 +1,8 @@
-"""READ's cases: the recurrence over depth at the sizes of a base encoder, all cells, against everything that computes it.
+"""READ's cases: the recurrence over depth at the sizes of a base encoder, all cells, against everything that computes
+it.
 
-12 layers of 768, rank 256, RMS norm, mean over the layers, no gradient for the layer outputs (the backbone is frozen) and one
-for every weight. ``flops`` and ``bytes`` are the least that this takes, for a token and layer (g gates):
+12 layers of 768, rank 256, RMS norm, mean over the layers, no gradient for the layer outputs (the backbone is frozen)
+and one for every weight. ``flops`` and ``bytes`` are the least that this takes, for a token and layer (g gates):
 
     forward    2 g r (d + r)     d numbers read                 (in training 2 r more: h written, and read again)
     backward   2 g r (d + 2r)    d numbers read
@@ -32,7 +33,7 @@ _ORACLE_TOKENS = 2048
 
 @dataclass
 class Inputs:
-    """One input set: phi L x [N, d]; weights w_ih, w_hh, b_ih, b_hh, gamma; grad_out [N, r] where there is a backward."""
+    """One input set: phi L x [N, d]; weights w_ih, w_hh, b_ih, b_hh, gamma; grad_out [N, r] in training."""
 
     phi: list[Tensor]
     weights: list[Tensor]
@@ -45,8 +46,8 @@ class Inputs:
 
 
 def make(
-    count: int, seed: int, *, tokens: int, cell: str, dtype: torch.dtype, device: str, training: bool, layers: int = LAYERS,
-    width: int = WIDTH, rank: int = RANK,
+    count: int, seed: int, *, tokens: int, cell: str, dtype: torch.dtype, device: str, training: bool,
+    layers: int = LAYERS, width: int = WIDTH, rank: int = RANK,
 ) -> list[Inputs]:  # fmt: skip
     """``count`` sets with their own layer outputs; the weights stay in place, as they do in a model."""
     random = torch.Generator().manual_seed(seed)
@@ -91,7 +92,9 @@ def oracle(inputs: Inputs) -> list[Tensor]:
     return [torch.cat(outputs), *(grads if inputs.grad_out is not None else [])]
 
 
-def work(tokens: int, cell: str, itemsize: int, training: bool, layers: int, width: int, rank: int) -> tuple[float, float]:
+def work(
+    tokens: int, cell: str, itemsize: int, training: bool, layers: int, width: int, rank: int
+) -> tuple[float, float]:
     """The least FLOPs and the least bytes of a case."""
     g, token_layers = GATES[cell], tokens * layers
     weights = (g * rank * (width + rank + 2) + width) * itemsize
@@ -103,7 +106,14 @@ def work(tokens: int, cell: str, itemsize: int, training: bool, layers: int, wid
 
 
 def case(
-    tokens: int, cell: str, dtype: torch.dtype, device: str, mode: str, layers: int = LAYERS, width: int = WIDTH, rank: int = RANK
+    tokens: int,
+    cell: str,
+    dtype: torch.dtype,
+    device: str,
+    mode: str,
+    layers: int = LAYERS,
+    width: int = WIDTH,
+    rank: int = RANK,
 ) -> Case:
     """One case; the sizes of the layers are arguments for the tests."""
     training = mode == TRAINING
@@ -111,8 +121,8 @@ def case(
 
     def sets(count: int, seed: int) -> list[Inputs]:
         return make(
-            count, seed, tokens=tokens, cell=cell, dtype=dtype, device=device, training=training, layers=layers, width=width,
-            rank=rank,
+            count, seed, tokens=tokens, cell=cell, dtype=dtype, device=device, training=training,
+            layers=layers, width=width, rank=rank,
         )  # fmt: skip
 
     return Case(
@@ -130,7 +140,9 @@ def case(
         set_bytes=tokens * layers * width * dtype.itemsize,
         tensors=Inputs.tensors,
         oracle=oracle,
-        contenders=read_rivals.contenders(device, dtype, training, tokens * layers * width * 4.0, tokens * layers * rank * 4.0),
+        contenders=read_rivals.contenders(
+            device, dtype, training, tokens * layers * width * 4.0, tokens * layers * rank * 4.0
+        ),
     )
 
 

@@ -1,8 +1,8 @@
 """READ's loop with the norm folded into the weights, in plain PyTorch with a backward by hand: the strongest rival.
 
 With ``W' = W * gamma``, ``W x_i = rstd_i * (W' phi_i)``; in the backward ``S = sum_i (da_i * rstd_i)^T phi_i`` gives
-``dW = S * gamma`` and ``dgamma = colsum(W * S)``, so that no gradient of width d is formed. Both directions are unrolled over
-the layers and compiled as one graph each. RMS norm, no first state, mean over the layers.
+``dW = S * gamma`` and ``dgamma = colsum(W * S)``, so that no gradient of width d is formed. Both directions are
+unrolled over the layers and compiled as one graph each. RMS norm, no first state, mean over the layers.
 """
 
 from __future__ import annotations
@@ -69,9 +69,17 @@ def cell_backward(
 
 
 def forward(
-    phi: list[Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, gamma: Tensor, cell: str, eps: float, save: bool
+    phi: list[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor,
+    b_hh: Tensor,
+    gamma: Tensor,
+    cell: str,
+    eps: float,
+    save: bool,
 ) -> tuple[Tensor, ...]:
-    """The mean of the states; with ``save`` also the states [L, N, r], rstd [L, N, 1], and what a step saves [L, N, k r]."""
+    """The mean of the states; with ``save`` also the states [L, N, r], rstd [L, N, 1], c, and what a step saves."""
     rank, dtype = w_hh.shape[1], w_ih.dtype
     folded = w_ih * gamma
     h = c = torch.zeros(phi[0].shape[0], rank, dtype=torch.float32, device=w_ih.device)
@@ -104,7 +112,8 @@ def backward(
     zero = torch.zeros_like(states[0], dtype=torch.float32)
     direct = grad.float() / layers
     dh, dc = direct, zero
-    s = db_ih = db_hh = None
+    s = torch.zeros_like(w_ih, dtype=torch.float32)
+    db_ih = db_hh = torch.zeros(w_ih.shape[0], dtype=torch.float32, device=w_ih.device)
     db_all: list[Tensor] = [zero] * layers
     for i in reversed(range(layers)):
         h, h_before = states[i].float(), (states[i - 1].float() if i else zero)
@@ -114,16 +123,16 @@ def backward(
         da, db, straight, dc = cell_backward(cell, dh, dc, h, h_before, c, c_before, saved)
         db_all[i] = db.to(dtype)
         dh = (db_all[i] @ w_hh).float() + straight + direct
-        part = (da * scales[i]).to(dtype).T @ phi[i]
-        s = part.float() if s is None else s + part
-        db_ih = da.sum(0) if db_ih is None else db_ih + da.sum(0)
+        s = s + (da * scales[i]).to(dtype).T @ phi[i]
+        db_ih = db_ih + da.sum(0)
         if cell == "gru":
-            db_hh = db.sum(0) if db_hh is None else db_hh + db.sum(0)
+            db_hh = db_hh + db.sum(0)
     # The first state is zero, so that the first layer adds nothing to dw_hh.
-    dw_hh = torch.stack(db_all[1:]).flatten(0, 1).T @ states[:-1].flatten(0, 1) if layers > 1 else torch.zeros_like(w_hh)
+    dw_hh = (
+        torch.stack(db_all[1:]).flatten(0, 1).T @ states[:-1].flatten(0, 1) if layers > 1 else torch.zeros_like(w_hh)
+    )
     dw_ih, dgamma = (s * gamma).to(dtype), (w_ih * s).sum(0).to(dtype)
-    db_ih = db_ih.to(dtype)
-    return dw_ih, dw_hh, db_ih, db_hh.to(dtype) if cell == "gru" else db_ih.clone(), dgamma
+    return dw_ih, dw_hh, db_ih.to(dtype), (db_hh if cell == "gru" else db_ih.clone()).to(dtype), dgamma
 
 
 @functools.cache

@@ -143,7 +143,9 @@ def onednn(sets: Sequence[Inputs]) -> list[Call]:
 
 def torch_nn(sets: Sequence[Inputs]) -> list[Call]:
     w_ih, w_hh, b_ih, b_hh, gamma = sets[0].weights
-    module = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[sets[0].cell](w_ih.shape[1], w_hh.shape[1])
+    module = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[sets[0].cell](
+        w_ih.shape[1], w_hh.shape[1]
+    )
     module = module.to(w_ih.device, w_ih.dtype)
     parameters = list(module.parameters())
     for parameter, value in zip(parameters, (w_ih, w_hh, b_ih, b_hh), strict=True):
@@ -201,5 +203,7 @@ def contenders(device: str, dtype: torch.dtype, training: bool, wide: float, nar
     ]
     if training:
         again = functools.partial(fused, recompute=True)
-        ours.insert(1, Contender("recompute", "ours, gates computed again in the backward", "variant", again, 4 * narrow))
+        ours.insert(
+            1, Contender("recompute", "ours, gates computed again in the backward", "variant", again, 4 * narrow)
+        )
     return tuple(ours)

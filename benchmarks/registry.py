@@ -23,7 +23,7 @@ ROWS = {"gemm": ("linear",), "read": ("read_recurrence",)}
 Call = Callable[[], Sequence[Tensor]]
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818 (not an error: a finding)
     """A contender cannot run here; the message says why. Raised by its ``prepare``."""
 
 
@@ -34,19 +34,19 @@ class Contender:
     Args:
         name (str): short (nine letters at most), the same for the same method in every table.
         about (str): one line, for the legend under the table.
-        role (str): ``"fused"`` is ours and has the row, ``"variant"`` is another setting of ours, ``"rival"`` is anybody
-            else's, and ``"reference"`` is the rival whose error sets the others' limit.
-        prepare (callable): one input set -> a function without arguments that returns the outputs (gradients included
-            where the case has a backward). What a user does once (packing, compiling) belongs here, it is not timed.
-            Raises :class:`Unavailable`.
-        bytes_needed (float): an estimate of the memory that a call takes. Beyond what the machine has free the contender
-            is reported as absent instead of being tried.
+        role (str): ``"fused"`` is ours and has the row, ``"variant"`` is another setting of ours, ``"rival"`` is
+            anybody else's, and ``"reference"`` is the rival whose error sets the others' limit.
+        prepare (callable): input sets -> for each a function without arguments that returns the outputs (gradients
+            included where the case has a backward). What a user does once (packing, compiling) belongs here, it is not
+            timed. Raises :class:`Unavailable`.
+        bytes_needed (float): an estimate of the memory that a call takes. Beyond what the machine has free the
+            contender is reported as absent instead of being tried.
     """
 
     name: str
     about: str
     role: str
-    prepare: Callable[[Any], Call]
+    prepare: Callable[[Sequence[Any]], list[Call]]
     bytes_needed: float = 0.0
 
 
@@ -56,15 +56,16 @@ class Case:
 
     Args:
         op (str): the operation's public name.
-        group (str), point (str): the row's label is ``"group point"``; a plot has one panel for each group and the points
-            along its axis. ``axis`` names what the points are.
+        group (str), point (str): the row's label is ``"group point"``; a plot has one panel for each group and the
+            points along its axis. ``axis`` names what the points are.
         shape (dict): every size, by its usual letter.
         dtype (torch.dtype), device (str), mode (str): ``FORWARD`` or ``TRAINING``.
         flops (float), bytes (float): the least arithmetic and the least traffic of the operation, for the floor.
         make (callable): a number of sets and a seed -> that many input sets. Sets differ in what changes from call to
             call, so that rotating them empties the caches; weights that stay in place between calls may be shared.
         set_bytes (int): what one set adds; the runner takes as many as fill the last cache twice.
-        tensors (callable): an input set -> its tensors; what is saved of these is not counted as memory for the backward.
+        tensors (callable): an input set -> its tensors; what is saved of these is not counted as memory for the
+            backward.
         oracle (callable): an input set -> the outputs in float64.
         contenders (tuple): at least one with the role ``"reference"``.
     """
@@ -102,13 +103,14 @@ class Selection:
         return matches(self.match, case.op, case.label, dtype_name(case.dtype), case.mode)
 
 
-_rows: dict[str, Callable[[Selection], Iterator[Case]]] = {}
+Cases = Callable[[Selection], Iterator[Case]]
+_rows: dict[str, Cases] = {}
 
 
-def register(stem: str) -> Callable[[Callable[[Selection], Iterator[Case]]], Callable[[Selection], Iterator[Case]]]:
+def register(stem: str) -> Callable[[Cases], Cases]:
     """Puts a function that yields cases into the registry, under its row's stem."""
 
-    def add(cases: Callable[[Selection], Iterator[Case]]) -> Callable[[Selection], Iterator[Case]]:
+    def add(cases: Cases) -> Cases:
         _rows[stem] = cases
         return cases
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .registry import TRAINING, matches
-from .results import ABSENT, Measured, Row, Run
+from .results import ABSENT, FAILED, WRONG, Measured, Row, Run
 
 WIDTH = 80
 _MARKED = re.compile(r"(<!-- bench:([^>]*?) -->\n).*?(<!-- /bench -->)", re.S)
 _EXPLANATION = (
-    "floor: the least arithmetic at the machine's peak or the least bytes at its copy bandwidth, the larger, both measured around "
-    "the case; xfloor: time over floor; peak: share of the arithmetic peak; ±: interquartile range; gain: best other over "
-    "fused; memory: growth at the peak of a call, fused/reference; saved: kept for the backward, fused/reference"
+    "floor: the least arithmetic at the machine's peak or the least bytes at its copy bandwidth, the larger, both "
+    "measured around the case; xfloor: time over floor; peak: share of the arithmetic peak; ±: interquartile range; "
+    "gain: best other over fused; memory: growth at the peak of a call, fused/reference; saved: kept for the backward, "
+    "fused/reference"
 )
 
 
@@ -33,7 +34,9 @@ class Table:
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
 
         def line(cells: list[str]) -> str:
-            first, *rest = (f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+            first, *rest = (
+                f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+            )
             return " ".join([first, *rest]).rstrip()
 
         return "\n".join([self.title, line(self.header), *(line(row) for row in self.rows)])
@@ -95,9 +98,9 @@ def _summary(rows: list[Row]) -> Table:
         ours, other, reference, gain = row.fused(), row.best_other(), row.reference(), row.gain()
         line = [row.label, *(_own(row, ours) if ours else [_fused_status(row), "-", "-", "-"])]
         line += [f"{seconds(other.median)} {other.name}" if other else "-", _three(gain) + "x" if gain else "-"]
-        line.append(_pair(ours and ours.peak_bytes, reference and reference.peak_bytes))
+        line.append(_pair("peak_bytes", ours, reference))
         if training:
-            line.append(_pair(ours and ours.saved_bytes, reference and reference.saved_bytes))
+            line.append(_pair("saved_bytes", ours, reference))
         cells.append(line)
     return Table(_title(rows), header, cells)
 
@@ -111,8 +114,8 @@ def _fused_status(row: Row) -> str:
     return next((c.status for c in row.contenders if c.role == "fused"), ABSENT)
 
 
-def _pair(ours: int | None, reference: int | None) -> str:
-    return f"{size(ours)}/{size(reference)}"
+def _pair(field: str, ours: Measured | None, reference: Measured | None) -> str:
+    return "/".join(size(getattr(c, field)) if c else "-" for c in (ours, reference))
 
 
 def details(rows: list[Row]) -> list[Table]:
@@ -156,10 +159,12 @@ def heading(run: Run) -> str:
 def notes(run: Run) -> str:
     """Who the contenders are, who was absent and why, and what went wrong; never left out of a report."""
     lines = [f"{name}: {about}" for name, about in _legend(run.rows).items()]
-    for (name, reason), labels in _reasons(run, ABSENT).items():
-        lines.append(f"absent: {name} in {len(labels)} of {len(run.rows)} cases: {reason}")
-    for row, c in run.errors():
-        lines.append(f"{c.status.upper()}: {c.name}, {row.op} {row.label} {row.dtype} {row.mode}: {c.reason}")
+    for status in (ABSENT, WRONG, FAILED):
+        for (name, reason), labels in _reasons(run, status).items():
+            which = (
+                f"{len(labels)} of {len(run.rows)} cases" if len(labels) > 3 or status == ABSENT else ", ".join(labels)
+            )
+            lines.append(f"{status if status == ABSENT else status.upper()}: {name} in {which}: {reason}")
     lines += [_EXPLANATION, f"memory is measured as {run.memory_method or 'nothing: no contender ran'}"]
     return "\n".join(lines)
 
@@ -173,7 +178,7 @@ def _reasons(run: Run, status: str) -> dict[tuple[str, str], list[str]]:
     for row in run.rows:
         for c in row.contenders:
             if c.status == status:
-                found.setdefault((c.name, c.reason), []).append(row.label)
+                found.setdefault((c.name, c.reason), []).append(f"{row.op} {row.label} {row.dtype} {row.mode}")
     return found
 
 

@@ -1,11 +1,11 @@
 """The machine's ceilings: arithmetic by dtype and copy bandwidth, measured between the cases.
 
-A shared machine is fast in one minute and slow in the next, so a ceiling is sampled right before and right after each case, and a
-case is held against the median of these samples.
+A shared machine is fast in one minute and slow in the next, so a ceiling is sampled right before and right after each
+case, and a case is held against the median of these samples.
 
-On the CPU the arithmetic peak is a loop of multiply-adds in registers on all threads (``pyeff_cpu::fma_loop``). Without the
-compiled library it is the best matrix product seen (of MKL's and oneDNN's), which is lower: then a time "over floor" is
-rather a time over the best product, and every report says so. On a GPU it is cuBLAS's best product.
+On the CPU the arithmetic peak is a loop of multiply-adds in registers on all threads (``pyeff_cpu::fma_loop``). Without
+the compiled library it is the best matrix product seen (of MKL's and oneDNN's), which is lower: then a time "over
+floor" is rather a time over the best product, and every report says so. On a GPU it is cuBLAS's best product.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ def _cpu_peak(dtype: torch.dtype) -> tuple[Callable[[], float], str]:
         return _best_product(dtype, f"best matrix product seen, since {reason}")
     name = dtype_name(dtype)
     loop, iterations = torch.ops.pyeff_cpu.fma_loop, 10_000
-    while _seconds(lambda: loop(name, iterations)) < _SAMPLE_SECONDS and iterations < 1 << 40:
-        iterations *= 2
 
     def probe() -> float:
         start = time.perf_counter()
         flops = loop(name, iterations)
         return flops / (time.perf_counter() - start)
 
+    while _seconds(probe) < _SAMPLE_SECONDS:
+        iterations *= 2
     return probe, "multiply-adds in registers, all threads"
 
 

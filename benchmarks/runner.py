@@ -1,9 +1,9 @@
 """Times the contenders of each case in one process, in alternation, after checking what they compute.
 
-For each case: input sets are made, every contender runs once and its outputs are held against the oracle in float64, once
-more for its memory, and then all take turns (A B C A B C ...) until the time is spent or the medians stand. A turn is as many
-calls in a row as make a measurable time, over rotating input sets. Contenders that are far behind after the first turns sit
-out the later ones.
+For each case: input sets are made, every contender runs once and its outputs are held against the oracle in float64,
+once more for its memory, and then all take turns (A B C A B C ...) until the time is spent or the medians stand. A turn
+is as many calls in a row as make a measurable time, over rotating input sets. Contenders that are far behind after the
+first turns sit out the later ones.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Settings:
         min_turns (int): ...but each contender has at least so many,
         max_turns (int): ...and at most so many.
         sample_seconds (float): the least length of a turn; short calls are repeated to reach it.
-        precision (float): stop early when every interquartile range over the median, over the root of the number of turns,
-            is below this.
+        precision (float): stop early when every interquartile range over the median, over the root of the number of
+            turns, is below this.
         slow (float): after the first turns, a contender that is so many times slower than the fastest sits out.
         seed (int): of the inputs.
     """
@@ -190,7 +190,7 @@ def _prepare(contender: Contender, sets: list) -> list[Call]:
 
 
 def relative_errors(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """For each output the norm of its difference to the truth over the norm of the truth; inf for a wrong shape or NaN."""
+    """For each output the norm of its difference to the truth over that of the truth; inf for a wrong shape or NaN."""
     if len(outputs) != len(truth):
         raise ValueError(f"{len(outputs)} outputs, expected {len(truth)}")
     errors = []

@@ -138,7 +138,9 @@ def _progress() -> Any:
             ours, other = row.fused(), row.best_other()
             best = f"{other.name} {report.seconds(other.median)}" if other else "nobody"
             text = f"fused {report.seconds(ours.median)}" if ours else "fused absent"
-            bar.console.print(f"{row.op} {row.label} {row.dtype} {row.mode}: {text}, best other {best}", highlight=False)
+            bar.console.print(
+                f"{row.op} {row.label} {row.dtype} {row.mode}: {text}, best other {best}", highlight=False
+            )
             bar.advance(self.task)
 
     @contextlib.contextmanager
