@@ -42,7 +42,13 @@ def save(run: Run, path: str | Path) -> None:
     )
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     ordered = [name for name in colors if name in handles]
-    figure.legend([handles[n] for n in ordered], ordered, loc="outside lower center", ncols=len(ordered), fontsize=9)
+    figure.legend(
+        [handles[n] for n in ordered],
+        ordered,
+        loc="outside lower center",
+        ncols=min(len(ordered), 3 * columns),
+        fontsize=9,
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
 
@@ -62,6 +68,8 @@ def _colors(rows: list[Row]) -> dict[str, str]:
 
 
 def _over_floor(ax, rows: list[Row], colors: dict[str, str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     for name, color in colors.items():
         points = [(i, row.over_floor(c)) for i, row in enumerate(rows) for c in row.timed() if c.name == name]
         if points:
@@ -70,6 +78,10 @@ def _over_floor(ax, rows: list[Row], colors: dict[str, str]) -> None:
             ax.plot(*zip(*points, strict=True), "o-", color=color, label=name, **style)
     ax.axhline(1, color="black", lw=0.8, ls=":")
     ax.set_yscale("log")
+    # Plain numbers, as many as there is room for: an axis may span a factor of five or of a thousand.
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _ticks(ax, rows)
 
 
@@ -82,6 +94,7 @@ def _gain(ax, groups: dict[str, list[Row]]) -> None:
             ax.plot(*zip(*points, strict=True), marker + "-", color=_OURS, lw=1.2, ms=5, alpha=0.8)
             ax.annotate(name, points[-1], xytext=(5, 0), textcoords="offset points", fontsize=8, va="center")
     ax.axhline(1, color="black", lw=0.8, ls=":")
+    ax.set_ylim(bottom=0)
     ax.set_title("times faster than the best other", fontsize=9)
     _ticks(ax, max(groups.values(), key=len))
     if not any_gain:

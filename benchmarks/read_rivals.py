@@ -50,6 +50,8 @@ def fused(sets: Sequence[Inputs], recompute: bool = False) -> list[Call]:
     reasons = [backends.refusal("read_recurrence", name, weight.device, weight.dtype) for name in kernels]
     if all(reasons):
         raise Unavailable("; ".join(f"{name}: {reason}" for name, reason in zip(kernels, reasons, strict=True)))
+    if backends.choose("read_recurrence", weight.device, weight.dtype) == "reference":
+        raise Unavailable("the reference was chosen (PYEFF_BACKEND or pyeff.backend)")
 
     def one(s: Inputs) -> Call:
         keywords = _keywords(s)

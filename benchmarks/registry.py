@@ -93,7 +93,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to run: ``size`` is ``"quick"`` (about a minute), ``"default"`` or ``"full"`` (every size, the largest too)."""
+    """What to run: ``size`` is ``"quick"`` (about a minute), ``"default"`` or ``"full"`` (the largest sizes, too)."""
 
     size: str = "default"
     device: str = "cpu"
