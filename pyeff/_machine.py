@@ -34,8 +34,8 @@ def cpu() -> dict[str, object]:
     return {
         "model": cpu_model(),
         "threads": torch.get_num_threads(),
-        "isa_detected": _names(native.isa_detected()) if native else [],
-        "isa_built": _names(native.isa_built()) if native else [],
+        "isa_detected": native.isa_detected().split() if native else [],
+        "isa_built": native.isa_built().split() if native else [],
         "isa_chosen": native.isa_chosen() if native else "",
         "reason": reason,
     }
