@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pyeff._version import __version__
 
 if TYPE_CHECKING:
-    from pyeff import nn, ops, recipes, reference
+    from pyeff import nn, ops, recipes, reference  # noqa: F401
     from pyeff.backends import backend, info
 
 # All but the version loads on first use, torch included: ``pyeff --help`` answers at once.

@@ -28,7 +28,7 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu() -> dict[str, object]:
-    """The processor's model and threads, and the instruction sets: detected, built, chosen (``""`` without the library)."""
+    """The processor's model and threads; the instruction sets: detected, built, chosen (none without the library)."""
     reason = backends.load_library()
     native = None if reason else torch.ops.pyeff_cpu
     return {
@@ -55,5 +55,7 @@ def cpu_model() -> str:
 
 def cuda() -> dict[str, list[str]]:
     """The devices that torch sees and the architectures that this installation has CUDA kernels for."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    devices = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {"devices": devices, "built": []}

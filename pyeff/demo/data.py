@@ -24,6 +24,7 @@ TEST_SHARE = 0.2
 MIN_WORDS = 4
 # Word sets that overlap this much (intersection over union) tell the same thing.
 NEAR = 0.7
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,12 @@ def docstrings(root: Path) -> Iterator[tuple[str, str, str]]:
         for top in [tree, *tree.body]:
             name = getattr(top, "name", "")
             for node in [tree] if top is tree else ast.walk(top):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    if text := ast.get_docstring(node):
-                        yield package, f"{relative.as_posix()}:{name}", text
+                if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
+                    yield package, f"{relative.as_posix()}:{name}", text
 
 
 def deduplicated(found: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """One of each text up to case, numbers and punctuation; none of those that two packages share or that say too little."""
+    """One of each text up to case, numbers and punctuation; none that two packages share, none that says too little."""
     first: dict[tuple[str, ...], tuple[str, str, str]] = {}
     packages: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for package, source, text in found:
@@ -99,7 +99,7 @@ def near(texts: list[str], others: list[str], share: float = NEAR) -> list[bool]
     sets = [set(words(t)) for t in (*texts, *others)]
     index = {word: i for i, word in enumerate(sorted(set().union(*sets)))}
     table = torch.zeros(len(sets), len(index))
-    for row, found in zip(table, sets):
+    for row, found in zip(table, sets, strict=True):
         row[[index[w] for w in found]] = 1
     a, b = table[: len(texts)], table[len(texts) :]
     both = a @ b.T
@@ -121,7 +121,7 @@ def standard_library(classes: int = 16, root: Path | None = None) -> Corpus:
     # A one-file package is split by top-level definition, a larger one by file.
     groups = [source if "/" not in source else source.partition(":")[0] for _, source, _ in found]
     sizes: dict[str, Counter] = defaultdict(Counter)
-    for (package, _, _), group in zip(found, groups):
+    for (package, _, _), group in zip(found, groups, strict=True):
         sizes[package][group] += 1
     tests = {package: split(counts) for package, counts in sizes.items()}
     usable = [p for p in sizes if 0 < sum(sizes[p][g] for g in tests[p]) < sum(sizes[p].values())]
@@ -129,12 +129,12 @@ def standard_library(classes: int = 16, root: Path | None = None) -> Corpus:
     if len(labels) < 2:
         raise ValueError(f"{root} has {len(labels)} packages with docstrings to split, expected at least 2")
     sides: tuple[list[Example], list[Example]] = ([], [])
-    for (package, source, text), group in zip(found, groups):
+    for (package, source, text), group in zip(found, groups, strict=True):
         if package in labels:
             sides[group in tests[package]].append(Example(text, labels.index(package), source))
     train, test = sides
     leaks = near([e.text for e in train], [e.text for e in test])
-    train = [example for example, leak in zip(train, leaks) if not leak]
+    train = [example for example, leak in zip(train, leaks, strict=True) if not leak]
     return Corpus("standard-library docstrings", tuple(labels), train, test)
 
 
@@ -161,9 +161,13 @@ def hugging_face(
         splits = datasets.load_dataset(name, config)
     except Exception as error:  # no network, no such name: whatever the library makes of it, in one line
         raise RuntimeError(f"the dataset {name!r} cannot be loaded: {error}") from error
-    held_out = next((s for s in ("test", "validation", "validation_matched") if _labelled(splits, s, label_column)), None)
+    held_out = next(
+        (s for s in ("test", "validation", "validation_matched") if _labelled(splits, s, label_column)), None
+    )
     if "train" not in splits or held_out is None:
-        raise ValueError(f"{name!r} has the splits {', '.join(splits)}, expected train and a labelled test or validation")
+        raise ValueError(
+            f"{name!r} has the splits {', '.join(splits)}, expected train and a labelled test or validation"
+        )
     parts = []
     for side, count in (("train", limit), (held_out, limit // 4)):
         rows = splits[side].shuffle(seed=seed)
@@ -174,10 +178,11 @@ def hugging_face(
     names = getattr(parts[0].features[label_column], "names", None)
     values = sorted({str(v) for part in parts for v in part[label_column]})
     labels = tuple(names) if names else tuple(values)
-    index = {i: i for i in range(len(labels))} if names else {v: i for i, v in enumerate(values)}
+    place = {value: i for i, value in enumerate(values)}
     train, test = (
         [
-            Example(str(row[text_column]), index[row[label_column] if names else str(row[label_column])], f"{name}/{i}")
+            # Named classes are stored as their indices.
+            Example(str(row[text_column]), row[label_column] if names else place[str(row[label_column])], f"{name}/{i}")
             for i, row in enumerate(part)
         ]
         for part in parts

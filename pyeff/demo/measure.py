@@ -1,10 +1,10 @@
 """Memory of a training step, and the time of READ's part of it alone.
 
-Memory is measured in a process of its own for each variant: the model is loaded and used once, the kernel's high-water mark
-of the resident size is reset, and a few training steps run on full-length batches. What is reported is the mark minus the
-size before, so everything that the step needs counts (activations, gradients, the optimizer's moments, what kernels and
-libraries allocate for themselves) and the loaded model does not. Saved-for-backward bytes are those of the distinct storages
-that autograd keeps after a forward, parameters left out.
+Memory is measured in a process of its own for each variant: the model is loaded and used once, the system's high-water
+mark of the resident size is reset, and a few training steps run on full-length batches. What is reported is the mark
+minus the size before, so everything that the step needs counts (activations, gradients, the optimizer's moments, what
+kernels and libraries allocate for themselves) and the loaded model does not. Saved-for-backward bytes are those of the distinct
+storages that autograd keeps after a forward, parameters left out.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ def read_alone(variants: list[Variant], settings: Settings) -> dict[str, float]:
         dict: the median for each variant's key.
     """
     first = variants[0]
-    adapter, config = first.attachment.adapter, first.model.encoder.config
-    ids = torch.randint(config.vocab_size, (settings.batch, settings.max_length))
+    adapter, encoder = first.attachment.adapter, first.model.encoder
+    ids = torch.randint(encoder.get_input_embeddings().num_embeddings, (settings.batch, settings.max_length))
     with torch.no_grad():
-        states = first.model.encoder(input_ids=ids, output_hidden_states=True).hidden_states
+        states = encoder(input_ids=ids, output_hidden_states=True).hidden_states
     phi = [state.detach() for state in states[1:]]
     seconds: dict[str, list[float]] = {variant.key: [] for variant in variants}
     for _ in range(REPEATS + 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyeff.demo.variants import TITLES
 
@@ -55,7 +55,7 @@ def picture(results: dict, path: Path) -> None:
     grid = figure.add_gridspec(2, 6, height_ratios=(1.25, 1))
     accuracy, loss = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
     for key, row in rows.items():
-        line = {"color": COLOURS[key], "label": TITLES[key], "linewidth": 2}
+        line: dict[str, Any] = {"color": COLOURS[key], "label": TITLES[key], "linewidth": 2}
         seconds = [point[1] for point in row["accuracies"]]
         accuracy.plot(seconds, [100 * point[2] for point in row["accuracies"]], marker=MARKS[key], **line)
         times, total = [], 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -63,7 +64,7 @@ def demo(
     keys = [key for key in TITLES if key != "fused" or backend]
     if reason:
         console.print(f"[yellow]READ runs by its definition only[/]: {reason}", highlight=False)
-    results = {
+    results: dict[str, Any] = {
         "corpus": {"name": corpus.name, "labels": corpus.labels, "train": len(corpus.train), "test": len(corpus.test)},
         "majority": corpus.majority(),
         "model": settings.model or "all-MiniLM-L6-v2",
@@ -107,8 +108,16 @@ def demo(
     return results
 
 
-def _train(console: Console, variants: list[Variant], batches, settings: Settings, budget: float) -> dict[str, train.Curve]:
-    columns = (TextColumn("Training"), BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
+def _train(
+    console: Console, variants: list[Variant], batches, settings: Settings, budget: float
+) -> dict[str, train.Curve]:
+    columns = (
+        TextColumn("Training"),
+        BarColumn(16),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=settings.steps, now="")
 
@@ -124,9 +133,9 @@ def _tell(console: Console, results: dict, out: Path, adapter: Path) -> None:
     console.print(report.summary(results))
     rows = results["variants"]
     console.print(
-        "[dim]test: accuracy. step: median; the variants take turns. READ part: the adapter's forward and backward alone, on "
-        "a full batch. peak: of a step, over the loaded model, in a process of its own. saved: what autograd keeps for the "
-        "backward.[/]",
+        "[dim]test: accuracy. step: median; the variants take turns. READ part: the adapter's forward and backward "
+        "alone, on a full batch. peak: of a step, over the loaded model, in a process of its own. saved: what autograd "
+        "keeps for the backward.[/]",
         highlight=False,
     )
     if "fused" in rows:
@@ -147,4 +156,6 @@ def _tell(console: Console, results: dict, out: Path, adapter: Path) -> None:
         + f", {adapter.stat().st_size / report.MIB:.1f} MiB.",
         highlight=False,
     )
-    console.print(f"Picture {out}, results {out.with_suffix('.json')}, {results['minutes']:.1f} minutes.", highlight=False)
+    console.print(
+        f"Picture {out}, results {out.with_suffix('.json')}, {results['minutes']:.1f} minutes.", highlight=False
+    )

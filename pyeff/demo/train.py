@@ -1,7 +1,7 @@
 """The training run: all variants take turns, step by step, on the same batches.
 
-Whatever slows the machine down for a while slows them all. Only the step itself is timed; the test set is answered between
-steps, off the clock.
+Whatever slows the machine down for a while slows them all. Only the step itself is timed; the test set is answered
+between steps, off the clock.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Batches:
     def _encode(self, examples: list[Example], tokenizer) -> list[tuple[list[int], int]]:
         texts = [example.text for example in examples]
         ids = tokenizer(texts, truncation=True, max_length=self.settings.max_length)["input_ids"]
-        return list(zip(ids, (example.label for example in examples)))
+        return list(zip(ids, (example.label for example in examples), strict=True))
 
     def _batch(self, rows: list[tuple[list[int], int]]) -> dict[str, Tensor]:
         longest = max(len(ids) for ids, _ in rows)
@@ -93,7 +93,7 @@ class Batches:
 
 
 def affordable(curves: dict[str, Curve], batches: Batches, settings: Settings, budget: float) -> int:
-    """How many steps fit into ``budget`` seconds with their evaluations, going by the steps so far; at most those asked for."""
+    """How many steps fit into ``budget`` seconds with their evaluations, judged by the steps so far; at most all."""
     a_round = sum(statistics.mean(curve.seconds[UNTIMED:] or curve.seconds) for curve in curves.values())
     evaluations = settings.evaluations * ANSWERING * a_round * len(batches.test) / settings.batch
     spent, done = sum(sum(curve.seconds) for curve in curves.values()), max(len(c.losses) for c in curves.values())
@@ -151,5 +151,5 @@ def run(
 
 def loss_gap(curves: dict[str, Curve]) -> tuple[float, float]:
     """The largest and the first difference between the losses of READ's two variants."""
-    gaps = [abs(a - b) for a, b in zip(curves["reference"].losses, curves["fused"].losses)]
+    gaps = [abs(a - b) for a, b in zip(curves["reference"].losses, curves["fused"].losses, strict=True)]
     return max(gaps), gaps[0]

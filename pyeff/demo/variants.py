@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +54,11 @@ class Settings:
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean of its last states over the tokens, and a linear head."""
+    """A Hugging Face encoder, the mean of its last states over the tokens, and a linear head."""
 
-    def __init__(self, encoder: nn.Module, classes: int) -> None:
+    def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.head = nn.Linear(encoder.config.hidden_size, classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def load(settings: Settings, classes: int):
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        encoder = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+        encoder = transformers.AutoModel.from_pretrained(source).float()
     except (OSError, ValueError) as error:
         raise RuntimeError(f"the model {source!r} cannot be loaded: {error}") from error
     if encoder.config.is_encoder_decoder:
@@ -121,13 +122,13 @@ class Variant:
         settings (Settings): rates, rank and seed.
 
     Attributes:
-        attachment (Attachment, optional): READ's, with ``parameters``, ``save`` and ``load``.
+        trainable (int): how many parameters it trains.
     """
 
     def __init__(self, key: str, model: Classifier, settings: Settings) -> None:
         self.key, self.title, self.settings = key, TITLES[key], settings
         self.model = copy.deepcopy(model)
-        self.attachment = None
+        self._attachment: read.Attachment | None = None
         self.backend = {"reference": "reference", "fused": fused_backend()[0]}.get(key, "")
         torch.manual_seed(settings.seed)
         head = list(self.model.head.parameters())
@@ -137,13 +138,20 @@ class Variant:
             self.model.encoder.requires_grad_(False)
             groups = [(head, settings.lr_head)]
         else:
-            self.attachment = read.attach(self.model, rank=settings.rank, cell=settings.cell, train=("head",))
+            self._attachment = read.attach(self.model, rank=settings.rank, cell=settings.cell, train=("head",))
             own = {id(p) for p in head}
-            adapter = [p for p in self.attachment.parameters() if id(p) not in own]
+            adapter = [p for p in self._attachment.parameters() if id(p) not in own]
             groups = [(adapter, settings.lr_read), (head, settings.lr_head)]
         self.trainable = sum(p.numel() for parameters, _ in groups for p in parameters)
         self.peaks = [rate for _, rate in groups]
         self.optimizer = torch.optim.AdamW([{"params": p, "lr": rate} for p, rate in groups], weight_decay=0.01)
+
+    @property
+    def attachment(self) -> read.Attachment:
+        """READ's, with ``parameters``, ``save`` and ``load``; there is none where READ takes no part."""
+        if self._attachment is None:
+            raise ValueError(f"{self.key!r} trains without READ")
+        return self._attachment
 
     def running(self) -> contextlib.AbstractContextManager:
         """The choice of backend that this variant stands for."""
@@ -151,8 +159,10 @@ class Variant:
 
     def step(self, batch: dict[str, Tensor], index: int, steps: int) -> float:
         """One optimizer step; returns the loss. The backbone's dropout is on only where the backbone trains."""
-        rate = min((index + 1) / self.settings.warmup, max(steps - index, 1) / max(steps - self.settings.warmup, 1), 1.0)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+        rate = min(
+            (index + 1) / self.settings.warmup, max(steps - index, 1) / max(steps - self.settings.warmup, 1), 1.0
+        )
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
         self.model.train(self.key == "full")
         torch.manual_seed(self.settings.seed + index)
