@@ -160,7 +160,7 @@ def hugging_face(
     try:
         splits = datasets.load_dataset(name, config)
     except Exception as error:  # no network, no such name: whatever the library makes of it, in one line
-        raise RuntimeError(f"the dataset {name!r} cannot be loaded: {error}") from error
+        raise RuntimeError(f"the dataset {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     held_out = next(
         (s for s in ("test", "validation", "validation_matched") if _labelled(splits, s, label_column)), None
     )

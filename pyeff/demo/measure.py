@@ -2,9 +2,9 @@
 
 Memory is measured in a process of its own for each variant: the model is loaded and used once, the system's high-water
 mark of the resident size is reset, and a few training steps run on full-length batches. What is reported is the mark
-minus the size before, so everything that the step needs counts (activations, gradients, the optimizer's moments, what
-kernels and libraries allocate for themselves) and the loaded model does not. Saved-for-backward bytes are those of the distinct
-storages that autograd keeps after a forward, parameters left out.
+minus the size before. So everything that the step needs counts (activations, gradients, the optimizer's moments, what
+kernels and libraries allocate for themselves), and the loaded model does not. Saved-for-backward bytes are those of the
+distinct storages that autograd keeps after a forward, parameters left out.
 """
 
 from __future__ import annotations

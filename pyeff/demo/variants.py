@@ -87,7 +87,7 @@ def load(settings: Settings, classes: int):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         encoder = transformers.AutoModel.from_pretrained(source).float()
     except (OSError, ValueError) as error:
-        raise RuntimeError(f"the model {source!r} cannot be loaded: {error}") from error
+        raise RuntimeError(f"the model {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     if encoder.config.is_encoder_decoder:
         raise ValueError(f"{source!r} is an encoder-decoder, the demo takes encoders and decoders")
     if tokenizer.pad_token is None:
