@@ -261,3 +261,114 @@ def _step(
 
 _lib.impl("read_recurrence", _recurrence, "CompositeImplicitAutograd")
 _lib.impl("read_step", _step, "CompositeImplicitAutograd")
+
+
+# ---- The kernels' side: allocation, launch and the autograd formula.
+
+
+def _empty_forward(phi, w_ih, w_hh, cell, norm, save) -> tuple[Tensor, ...]:
+    """Outputs of read_forward: out, c_last, h, c, gates, stats; what a call does not have is of size zero."""
+    lead, rank, layers, lstm = phi[0].shape[:-1], w_hh.shape[1], len(phi), cell == "lstm"
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = w_ih.dtype) -> Tensor:
+        return w_ih.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    kept, wide = save >= SAVE_STATES, torch.promote_types(w_ih.dtype, torch.float32)
+    return (
+        empty(True, *lead, rank),
+        empty(lstm, *lead, rank),
+        empty(kept, layers, *lead, rank),
+        empty(kept and lstm, layers, *lead, rank),
+        empty(save == SAVE_GATES and SAVED_GATES[cell] > 0, layers, *lead, SAVED_GATES[cell] * rank),
+        empty(kept and norm != "none", 2 if norm == "layer" else 1, layers, *lead, dtype=wide),
+    )
+
+
+def _empty_backward(phi, w_ih, w_hh, h0, cell, needs_phi, needs) -> tuple[Tensor, ...]:
+    """Outputs of read_backward: the gradients in the order of read_forward's tensors, of size zero where not needed."""
+    lead, width, rank, gates = phi[0].shape[:-1], phi[0].shape[-1], w_hh.shape[1], w_hh.shape[0]
+    state = (*lead, rank)
+    shapes = ((gates, width), (gates, rank), (gates,), (gates,), (width,), (width,), state, state)
+    dphi = w_ih.new_empty((sum(needs_phi), *lead, width) if any(needs_phi) else (0,))
+    return dphi, *(w_ih.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _operands(phi, rest) -> tuple[list[Tensor], list[Tensor | None]]:
+    """What the CPU kernels take: phi of any strides (in at most 8 leading dimensions), everything else contiguous."""
+    phi = [t if t.dim() <= 9 else t.contiguous() for t in phi]
+    return phi, [t if t is None else t.contiguous() for t in rest]
+
+
+def _codes(cell: str, norm: str, eps: float, reduce: str) -> tuple[int, int, float, int]:
+    return tuple(GATES).index(cell), NORMS.index(norm), eps, REDUCTIONS.index(reduce)
+
+
+def _forward_cpu(phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce, save):
+    outputs = _empty_forward(phi, w_ih, w_hh, cell, norm, save)
+    phi, rest = _operands(phi, (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0))
+    torch.ops.pyeff_cpu.read_forward(phi, *rest, *_codes(cell, norm, eps, reduce), *outputs)
+    return outputs
+
+
+def _backward_cpu(
+    grad_out, grad_c, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, h, c, gates, stats,
+    cell, norm, eps, reduce, needs_phi, needs,
+):  # fmt: skip
+    outputs = _empty_backward(phi, w_ih, w_hh, h0, cell, needs_phi, needs)
+    if phi[0].numel() == 0 or (grad_out is None and grad_c is None):
+        return tuple(t.zero_() for t in outputs)
+    phi, rest = _operands(phi, (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0))
+    grads = [g if g is None else g.contiguous() for g in (grad_out, grad_c)]
+    layers, absent = iter(outputs[0]), w_ih.new_empty(0)
+    dphi = [next(layers) if need else absent for need in needs_phi]
+    torch.ops.pyeff_cpu.read_backward(
+        *grads, phi, *rest, h, c, gates, stats, *_codes(cell, norm, eps, reduce), dphi, *outputs[1:]
+    )
+    return outputs
+
+
+def _forward_fake(phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce, save):
+    return _empty_forward(phi, w_ih, w_hh, cell, norm, save)
+
+
+def _backward_fake(
+    grad_out, grad_c, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, h, c, gates, stats,
+    cell, norm, eps, reduce, needs_phi, needs,
+):  # fmt: skip
+    return _empty_backward(phi, w_ih, w_hh, h0, cell, needs_phi, needs)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    phi, *rest, cell, norm, eps, reduce, save = inputs
+    if save == SAVE_NOTHING:
+        raise RuntimeError("read_forward: save is 0, expected 1 or 2 where a gradient is wanted")
+    saved = output[2:]
+    ctx.save_for_backward(*phi, *rest, *saved)
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.layers, ctx.options = len(phi), (cell, norm, eps, reduce)
+
+
+def _backward(ctx, grad_out, grad_c, *unused):
+    tensors = ctx.saved_tensors
+    phi, rest = list(tensors[: ctx.layers]), tensors[ctx.layers :]
+    needs_phi, needs = list(ctx.needs_input_grad[0]), list(ctx.needs_input_grad[1:9])
+    dphi, *grads = torch.ops.pyeff.read_backward(grad_out, grad_c, phi, *rest, *ctx.options, needs_phi, needs)
+    layers = iter(dphi.unbind(0)) if any(needs_phi) else iter(())
+    return (
+        [next(layers) if need else None for need in needs_phi],
+        *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
+        *(None,) * 5,
+    )
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("read_recurrence: double backward is not supported (create_graph=True); use backend 'reference'")
+
+
+_lib.impl("read_forward", _forward_cpu, "CPU")
+_lib.impl("read_backward", _backward_cpu, "CPU")
+torch.library.register_fake("pyeff::read_forward", _forward_fake, lib=_lib)
+torch.library.register_fake("pyeff::read_backward", _backward_fake, lib=_lib)
+torch.library.register_autograd("pyeff::read_forward", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd("pyeff::read_backward", _no_double_backward, lib=_lib)

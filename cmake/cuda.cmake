@@ -1,0 +1,53 @@
+# CUDA kernels, wherever nvcc is: whether this machine has a GPU does not matter.
+include(CheckLanguage)
+include(ProcessorCount)
+
+if(NOT DEFINED PYEFF_CUDA_ARCHS)
+  set(PYEFF_CUDA_ARCHS "80;90;100;120")
+  if(DEFINED ENV{PYEFF_CUDA_ARCHS})
+    string(REGEX REPLACE "[ ,]+" ";" PYEFF_CUDA_ARCHS "$ENV{PYEFF_CUDA_ARCHS}")
+  endif()
+  set(PYEFF_CUDA_ARCHS "${PYEFF_CUDA_ARCHS}" CACHE STRING "The architectures that the CUDA kernels are built for")
+endif()
+set(CMAKE_CUDA_ARCHITECTURES "${PYEFF_CUDA_ARCHS}")
+
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  message(STATUS "pyeff: no nvcc, so no CUDA kernels")
+  return()
+endif()
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+enable_language(CUDA)
+
+# One nvcc takes up to 5 GB; as many as fit, and no more than there are cores.
+ProcessorCount(PYEFF_CORES)
+cmake_host_system_information(RESULT PYEFF_FREE_MB QUERY AVAILABLE_PHYSICAL_MEMORY)
+math(EXPR PYEFF_NVCC_JOBS "${PYEFF_FREE_MB} / 5000")
+if(PYEFF_NVCC_JOBS GREATER PYEFF_CORES)
+  set(PYEFF_NVCC_JOBS ${PYEFF_CORES})
+endif()
+if(PYEFF_NVCC_JOBS LESS 1)
+  set(PYEFF_NVCC_JOBS 1)
+endif()
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS nvcc=${PYEFF_NVCC_JOBS})
+
+file(GLOB PYEFF_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cu)
+add_library(pyeff_cuda OBJECT ${PYEFF_CUDA_SOURCES})
+target_include_directories(pyeff_cuda PRIVATE csrc)
+string(REPLACE ";" " " PYEFF_CUDA_ARCH_LIST "${PYEFF_CUDA_ARCHS}")
+target_compile_definitions(pyeff_cuda PRIVATE "PYEFF_CUDA_ARCHS=\"${PYEFF_CUDA_ARCH_LIST}\""
+                           TORCH_TARGET_VERSION=${PYEFF_TORCH_TARGET})
+target_compile_options(pyeff_cuda PRIVATE -O3 -Xptxas=-v --expt-relaxed-constexpr)
+set_target_properties(pyeff_cuda PROPERTIES JOB_POOL_COMPILE nvcc)
+# Registers and spills of each kernel, as ptxas reports them, in <object>.log.
+set_property(TARGET pyeff_cuda PROPERTY RULE_LAUNCH_COMPILE "${CMAKE_SOURCE_DIR}/cmake/keep_output.sh <OBJECT>")
+
+target_sources(pyeff_C PRIVATE $<TARGET_OBJECTS:pyeff_cuda>)
+target_compile_definitions(pyeff_C PRIVATE PYEFF_CUDA)
+set_target_properties(pyeff_C PROPERTIES LINKER_LANGUAGE CXX)
+find_package(CUDAToolkit REQUIRED)
+target_link_libraries(pyeff_C PRIVATE CUDA::cudart_static)
+message(STATUS "pyeff: CUDA kernels for ${PYEFF_CUDA_ARCH_LIST}, ${PYEFF_NVCC_JOBS} nvcc at a time")

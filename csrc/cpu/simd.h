@@ -1,0 +1,165 @@
+// Vectors of the instruction set that this translation unit is compiled for.
+//
+// Every kernel source is compiled once for each instruction set, inside the namespace PYEFF_ISA, from the same text: the
+// compiler's generic vectors carry the arithmetic, and only what they cannot say (the bf16 dot product) is an intrinsic.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef PYEFF_ISA
+#error "compile with -DPYEFF_ISA=<name of the instruction set>"
+#endif
+#define PYEFF_INLINE inline __attribute__((always_inline))
+
+namespace pyeff {
+
+// Storage only: arithmetic on bf16 happens in float.
+struct bf16 {
+  uint16_t bits;
+};
+
+namespace PYEFF_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kVectorRegisters = 16;
+#endif
+#if defined(__AVX512BF16__)
+constexpr bool kDotBf16 = true;
+#else
+constexpr bool kDotBf16 = false;
+#endif
+
+typedef float FloatV __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleV __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int32V __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Int64V __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32V __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfBitsV __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = FloatV;
+  using Int = Int32V;
+};
+template <>
+struct VectorOf<double> {
+  using type = DoubleV;
+  using Int = Int64V;
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+// What a stored type is computed in.
+template <class T>
+struct ComputeOf {
+  using type = T;
+};
+template <>
+struct ComputeOf<bf16> {
+  using type = float;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+template <class To, class From>
+PYEFF_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+PYEFF_INLINE float widen(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+PYEFF_INLINE float widen(float x) { return x; }
+PYEFF_INLINE double widen(double x) { return x; }
+
+// Round to nearest even; a NaN stays one.
+PYEFF_INLINE uint16_t bf16_bits(float x) {
+  uint32_t u = bit_cast<uint32_t>(x);
+  if (x != x) return uint16_t((u >> 16) | 0x40);
+  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+template <class T, class C>
+PYEFF_INLINE T narrow(C x) {
+  return T(x);
+}
+template <>
+PYEFF_INLINE bf16 narrow<bf16, float>(float x) {
+  return bf16{bf16_bits(x)};
+}
+
+template <class V, class T>
+PYEFF_INLINE V splat(T x) {
+  return x - V{};  // not x + 0, which would turn -0 into 0 and so costs an addition
+}
+
+PYEFF_INLINE FloatV load(const float* p) {
+  FloatV v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+PYEFF_INLINE DoubleV load(const double* p) {
+  DoubleV v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+PYEFF_INLINE FloatV load(const bf16* p) {
+  HalfBitsV h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return bit_cast<FloatV>(__builtin_convertvector(h, UInt32V) << 16);
+}
+
+PYEFF_INLINE void store(float* p, FloatV v) { __builtin_memcpy(p, &v, sizeof v); }
+PYEFF_INLINE void store(double* p, DoubleV v) { __builtin_memcpy(p, &v, sizeof v); }
+PYEFF_INLINE void store(bf16* p, FloatV v) {
+  UInt32V u = bit_cast<UInt32V>(v);
+  UInt32V rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  UInt32V quiet = (u >> 16) | 0x40;
+  HalfBitsV h = __builtin_convertvector(v != v ? quiet : rounded, HalfBitsV);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// The first `count` lanes; the others read as zero and are not written.
+template <class T>
+PYEFF_INLINE Vec<Compute<T>> load_first(const T* p, int64_t count) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  if (count >= lanes) return load(p);
+  T padded[lanes];
+  for (int l = 0; l < lanes; ++l) padded[l] = l < count ? p[l] : T{};
+  return load(padded);
+}
+template <class T>
+PYEFF_INLINE void store_first(T* p, Vec<Compute<T>> v, int64_t count) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  if (count >= lanes) return store(p, v);
+  T padded[lanes];
+  store(padded, v);
+  for (int l = 0; l < count; ++l) p[l] = padded[l];
+}
+
+template <class T>
+PYEFF_INLINE T sum_lanes(Vec<T> v) {
+  // Halving keeps the rounding the same whatever the compiler does with the loop.
+  T lane[kLanes<T>];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int half = kLanes<T> / 2; half; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+}  // namespace PYEFF_ISA
+}  // namespace pyeff

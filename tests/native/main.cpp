@@ -1,0 +1,23 @@
+#include <cstring>
+
+#include "check.h"
+#include "cpu/isa.h"
+
+// Runs the tests whose names contain the argument; all without one.
+int main(int count, char** arguments) {
+  const char* pattern = count > 1 ? arguments[1] : "";
+  int run = 0;
+  for (const auto& test : check::tests()) {
+    if (std::strstr(test.name, pattern) == nullptr) continue;
+    std::printf("%s\n", test.name);
+    std::fflush(stdout);
+    test.body();
+    ++run;
+  }
+  std::printf("%d native tests passed; instruction sets:", run);
+  for (int isa = 0; isa < pyeff::kIsaCount; ++isa) {
+    if (pyeff::isa_built() & pyeff::isa_detected() & (1u << isa)) std::printf(" %s", pyeff::isa_name(isa));
+  }
+  std::printf("\n");
+  return run > 0 ? 0 : 1;
+}
