@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ _RNN_NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 _RNN_CLASSES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
-def like_backbone(t: Tensor | None, phi: Tensor) -> Tensor | None:
-    """A float32 parameter in the dtype of a half-precision backbone; any other difference is left for the op to refuse."""
+def like_backbone(t: Any, phi: Tensor) -> Any:
+    """A float32 parameter in the dtype of a half-precision backbone; the op refuses any other difference."""
     if t is None or t.dtype != torch.float32 or phi.dtype not in (torch.bfloat16, torch.float16):
         return t
     return t if torch.is_autocast_enabled(phi.device.type) else t.to(phi.dtype)
@@ -31,8 +32,9 @@ def linear_like(linear: nn.Linear, x: Tensor) -> Tensor:
 class ReadAdapter(nn.Module):
     """The correction ``scale * (U hbar + c)`` of a frozen network's output, from the outputs of its layers.
 
-    ``hbar`` is :func:`pyeff.ops.read_recurrence` over the layer outputs. The recurrent parameters have the names and the
-    layout of a single-layer torch.nn.RNN, GRU or LSTM, so that ``load_state_dict(gru.state_dict(), strict=False)`` fits.
+    ``hbar`` is :func:`pyeff.ops.read_recurrence` over the layer outputs. The recurrent parameters have the names and
+    the layout of a single-layer torch.nn.RNN, GRU or LSTM, so that ``load_state_dict(gru.state_dict(), strict=False)``
+    fits.
 
     Args:
         width (int): d, the width of the layer outputs and of the correction.
@@ -71,6 +73,13 @@ class ReadAdapter(nn.Module):
         986112
     """
 
+    weight_ih_l0: nn.Parameter
+    weight_hh_l0: nn.Parameter
+    bias_ih_l0: nn.Parameter | None
+    bias_hh_l0: nn.Parameter | None
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+
     def __init__(
         self,
         width: int,
@@ -89,15 +98,15 @@ class ReadAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, known in (("cell", cell, GATES), ("norm", norm, NORMS), ("reduce", reduce, REDUCTIONS)):
-            if value not in known:
-                raise ValueError(f"ReadAdapter: {name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+        for name, option, known in (("cell", cell, GATES), ("norm", norm, NORMS), ("reduce", reduce, REDUCTIONS)):
+            if option not in known:
+                raise ValueError(f"ReadAdapter: {name} is {option!r}, expected one of {', '.join(map(repr, known))}")
         for name, value in (("width", width), ("rank", rank)):
             if value < 1:
                 raise ValueError(f"ReadAdapter: {name} is {value}, expected at least 1")
         self.width, self.rank, self.cell, self.norm, self.eps, self.reduce = width, rank, cell, norm, eps, reduce
         self.scale, self.zero_init, self.recompute = scale, zero_init, recompute
-        like = {"device": device, "dtype": dtype}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         gates = GATES[cell] * rank
         self.weight_ih_l0 = nn.Parameter(torch.empty(gates, width, **like))
         self.weight_hh_l0 = nn.Parameter(torch.empty(gates, rank, **like))
@@ -151,7 +160,7 @@ class ReadAdapter(nn.Module):
         if not phi:
             raise ValueError("ReadAdapter: phi is empty, expected at least one layer output")
         w = self._weights(phi[0])
-        h0, c0 = self._first_state(h0, c0, embedding, w)
+        h0, c0 = self._first_state(h0, c0, embedding, w["w_ih"].dtype)
         hbar = ops.read_recurrence(
             phi, w["w_ih"], w["w_hh"], w["b_ih"], w["b_hh"], norm_weight=w["norm_weight"], norm_bias=w["norm_bias"],
             h0=h0, c0=c0, cell=self.cell, norm=self.norm, eps=self.eps, reduce=self.reduce, recompute=self.recompute,
@@ -191,14 +200,15 @@ class ReadAdapter(nn.Module):
         """Copies the recurrent weights of a torch.nn.RNN, GRU or LSTM; norm and projection stay.
 
         Args:
-            source (torch.nn.RNNBase or mapping): the module, or its state dict. One layer, one direction, no projection;
-                a state dict without biases sets them to zero.
+            source (torch.nn.RNNBase or mapping): the module, or its state dict. One layer, one direction, no
+                projection; a state dict without biases sets them to zero.
 
         Returns:
             ReadAdapter: self.
 
         Raises:
-            ValueError: another cell, more than one layer or direction, or shapes that do not fit; nothing is written then.
+            ValueError: another cell, more than one layer or direction, or shapes that do not fit; nothing is written
+                then.
 
         Example:
             >>> import torch, pyeff
@@ -215,7 +225,9 @@ class ReadAdapter(nn.Module):
             source = source.state_dict()
         extra = sorted(name for name in source if name not in _RNN_NAMES)
         if extra:
-            raise ValueError(f"load_torch: source has {', '.join(extra)}, expected one layer and direction, no projection")
+            raise ValueError(
+                f"load_torch: source has {', '.join(extra)}, expected one layer and direction, no projection"
+            )
         values: dict[str, Tensor] = {}
         for name in _RNN_NAMES:
             mine, theirs = getattr(self, name), source.get(name)
@@ -250,7 +262,7 @@ class ReadAdapter(nn.Module):
         parts += ["recompute=True"] if self.recompute else []
         return ", ".join(parts)
 
-    def _weights(self, phi: Tensor) -> dict[str, Tensor | None]:
+    def _weights(self, phi: Tensor) -> dict[str, Any]:
         named = {
             "w_ih": self.weight_ih_l0, "w_hh": self.weight_hh_l0, "b_ih": self.bias_ih_l0, "b_hh": self.bias_hh_l0,
             "norm_weight": self.norm_weight, "norm_bias": self.norm_bias,
@@ -258,7 +270,7 @@ class ReadAdapter(nn.Module):
         return {name: like_backbone(t, phi) for name, t in named.items()}
 
     def _first_state(
-        self, h0: Tensor | None, c0: Tensor | None, embedding: Tensor | None, weights: Mapping[str, Tensor | None]
+        self, h0: Tensor | None, c0: Tensor | None, embedding: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
         if self.embed_projection is None:
             if embedding is not None:
@@ -267,8 +279,7 @@ class ReadAdapter(nn.Module):
             if embedding is None:
                 raise ValueError("ReadAdapter: embedding is None, expected [*, width] with embed_state=True")
             h0 = linear_like(self.embed_projection, embedding)
-        dtype = weights["w_ih"].dtype
-        return tuple(t if t is None else t.to(dtype) for t in (h0, c0))
+        return None if h0 is None else h0.to(dtype), None if c0 is None else c0.to(dtype)
 
 
 class ReadStream:
@@ -291,9 +302,9 @@ class ReadStream:
         self, adapter: ReadAdapter, h0: Tensor | None = None, c0: Tensor | None = None, embedding: Tensor | None = None
     ) -> None:
         self.adapter, self.count = adapter, 0
-        self._first = (h0, c0, embedding)
-        self._state: Tensor | tuple[Tensor, Tensor] | None = None
-        self._weights: dict[str, Tensor | None] = {}
+        self._first: tuple[Tensor | None, Tensor | None, Tensor | None] = (h0, c0, embedding)
+        self._state: Any = None
+        self._weights: dict[str, Any] = {}
         self._total: Tensor | None = None
 
     def push(self, phi_i: Tensor) -> None:
@@ -326,13 +337,12 @@ class ReadStream:
         return self.adapter.project(hbar)
 
     def _begin(self, phi_i: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
-        h0, c0 = self.adapter._first_state(*self._first, self._weights)
+        h0, c0 = self.adapter._first_state(*self._first, self._weights["w_ih"].dtype)
         self._first = (None, None, None)
         if self.adapter.cell != "lstm":
             if c0 is not None:
                 raise ValueError(f"ReadStream: c0 was given with cell={self.adapter.cell!r}, expected None")
             return h0
-        if h0 is None and c0 is None:
-            return None
-        zero = torch.zeros_like(h0 if h0 is not None else c0)
-        return (zero if h0 is None else h0, zero if c0 is None else c0)
+        if h0 is None:
+            return None if c0 is None else (torch.zeros_like(c0), c0)
+        return h0, torch.zeros_like(h0) if c0 is None else c0

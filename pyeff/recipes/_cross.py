@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -64,7 +65,8 @@ def attention_probabilities(
 
     Args:
         query (Tensor): [B, H, T, e]. key (Tensor): [B, H or fewer, S, e].
-        mask (Tensor, optional): bool (True = attend) or additive, broadcast to [B, H, T, S]; or [B, S] with 0 for padding.
+        mask (Tensor, optional): bool (True = attend) or additive, broadcast to [B, H, T, S]; or [B, S] with 0 for
+            padding.
         scaling (float, optional): of the scores. Default: e^-0.5.
         position_bias (Tensor, optional): added to the scores.
 
@@ -82,10 +84,8 @@ def attention_probabilities(
         if mask is not None:
             if mask.dim() == 2:
                 mask = mask[:, None, None, :].bool()
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, torch.finfo(wide).min)
-            else:
-                scores = scores + mask
+            hidden = torch.finfo(wide).min
+            scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(-1).mean(1)
 
 
@@ -94,13 +94,13 @@ class CrossCapture:
 
     Fused attention returns no probabilities, and a switch of the whole model to the eager one would change its rounding
     and cost its memory. So the cross-attention modules alone get a copy of their configuration that names an attention
-    function of ours: it calls the model's own with the same arguments, and computes the probabilities beside it from the
-    same queries, keys (cached ones included) and mask.
+    function of ours: it calls the model's own with the same arguments, and computes the probabilities beside it from
+    the same queries, keys (cached ones included) and mask.
 
     Args:
         layers (sequence of Module): decoder layers.
-        sink (callable): called with the probabilities [B, T, S] of each cross-attention that runs; returns False, without
-            an argument, where nobody wants them.
+        sink (callable): called with the probabilities [B, T, S] of each cross-attention that runs, or with a function
+            that computes them once the layer has returned; returns False, without an argument, where nobody wants them.
         pattern (str): regular expression for the name of a cross-attention module in a layer.
 
     Raises:
@@ -135,7 +135,9 @@ class CrossCapture:
             if not pattern.fullmatch(name.rpartition(".")[2]):
                 continue
             for module in found.modules():
-                if hasattr(getattr(module, "config", None), "_attn_implementation") and not hasattr(module, "_read_capture"):
+                if hasattr(getattr(module, "config", None), "_attn_implementation") and not hasattr(
+                    module, "_read_capture"
+                ):
                     self._originals.append((module, module.config))
                     module.config = copy.copy(module.config)
                     module.config._attn_implementation_internal = _IMPLEMENTATION
@@ -154,13 +156,20 @@ def _register() -> None:
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    capture: CrossCapture = module._read_capture
+    capture: Any = module._read_capture
     result = _original(module, capture.config_of(module))(module, query, key, value, mask, **kwargs)
     if capture.sink():
         if mask is not None and not isinstance(mask, Tensor):
-            raise RuntimeError(f"the cross-attention mask is a {type(mask).__name__}, expected a tensor; use joiner=None")
+            raise RuntimeError(
+                f"the cross-attention mask is a {type(mask).__name__}, expected a tensor; use joiner=None"
+            )
         bias = kwargs.get("position_bias")
-        capture.sink(attention_probabilities(query, key, mask, scaling=kwargs.get("scaling"), position_bias=bias))
+        later = functools.partial(
+            attention_probabilities, query, key, mask, scaling=kwargs.get("scaling"), position_bias=bias
+        )
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, bias))
+        # A call that autograd records may be in a checkpoint, which allows no tensor that its rerun does not save too.
+        capture.sink(later if recorded else later())
     return result
 
 

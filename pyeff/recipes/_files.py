@@ -33,7 +33,9 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     with safe_open(os.fspath(path), framework="pt") as file:
         metadata = file.metadata() or {}
     if _KEY not in metadata:
-        raise ValueError(f"{os.fspath(path)} has no pyeff configuration in its metadata, expected a file saved by a recipe")
+        raise ValueError(
+            f"{os.fspath(path)} has no pyeff configuration in its metadata, expected a file saved by a recipe"
+        )
     return json.loads(metadata[_KEY])
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from pyeff.recipes._stacks import Stack
@@ -31,26 +32,31 @@ class Local(threading.local):
 
 
 class Watcher:
-    """Hooks on a stack: opens a session when the stack is called, feeds it the layer outputs and lets it change the result.
+    """Hooks on a stack: opens a session when the stack is called, feeds it the layer outputs and lets it change the
+    result.
 
     A session lives from the opener's entry to the closer's return, in the thread that runs it. Layers that run outside,
     as when activation checkpointing computes them again, are ignored.
 
     Args:
         stack (Stack): what to follow.
-        begin (callable): ``begin(args, kwargs)`` of the opener's call returns a Session, or None to stay out of it.
+        begin (callable): ``begin(args, kwargs)`` of the opener's call returns a :class:`Session`, or None to stay out.
         layers (sequence of int): the layers whose outputs count.
         first_input (callable, optional): called as ``first_input(session, tensor)`` with the first layer's input.
+
+    Attributes:
+        active (bool): False opens no session.
     """
 
     def __init__(
         self,
         stack: Stack,
-        begin: Callable[[tuple, dict], Session | None],
+        begin: Callable[[tuple, dict], Any],
         layers: Sequence[int],
-        first_input: Callable[[Session, Tensor], None] | None = None,
+        first_input: Callable[[Any, Tensor], None] | None = None,
     ) -> None:
         self.stack, self._begin, self._first_input, self._local = stack, begin, first_input, Local()
+        self.active = True
         self._handles = [stack.opener.register_forward_pre_hook(self._open, with_kwargs=True)]
         if first_input is not None:
             self._handles.append(stack.layers[0].register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -62,8 +68,8 @@ class Watcher:
             self._handles.append(stack.opener.register_forward_hook(self._leave, always_call=True))
 
     @property
-    def session(self) -> Session | None:
-        """The session that is open in this thread."""
+    def session(self) -> Any:
+        """The :class:`Session` that is open in this thread."""
         return getattr(self._local, "session", None)
 
     def remove(self) -> None:
@@ -74,10 +80,11 @@ class Watcher:
 
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._local.session = None
-        self._local.session = self._begin(args, kwargs)
+        if self.active:
+            self._local.session = self._begin(args, kwargs)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.session is not None:
+        if self.session is not None and self._first_input is not None:
             self._first_input(self.session, first_tensor((*args, *kwargs.values()), "the first layer's input"))
 
     def _layer(self, index: int, module: nn.Module, args: tuple, output: Any) -> None:
@@ -86,10 +93,22 @@ class Watcher:
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> Any:
         session, self._local.session = self.session, None
-        if session is None or output is None:
+        if output is None:  # the call raised
+            return None
+        if session is None and self._recomputed():
+            raise RuntimeError(
+                f"{self.stack.name}: the last layer's output is corrected, and activation checkpointing computes it "
+                "again without the other layers; name a module outside of the checkpoint with output="
+            )
+        if session is None:
             return None
         result = session.close(first_tensor(output, f"the output of {type(module).__name__}"))
         return None if result is None else replace_first(output, result)
+
+    def _recomputed(self) -> bool:
+        """Whether the last of some listed layers runs on its own during a backward pass."""
+        alone = self.stack.opener is self.stack.layers[0] and self.stack.closer is self.stack.layers[-1]
+        return alone and self.active and torch._C._current_graph_task_id() != -1
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._local.session = None
@@ -127,17 +146,12 @@ def replace_first(output: Any, new: Tensor) -> Any:
     if isinstance(output, tuple):
         items = [*output[:key], new, *output[key + 1 :]]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    if isinstance(output, (list, Mapping)):
-        output[key] = new
-    else:
-        setattr(output, key, new)
+    indexed = isinstance(output, (list, Mapping))
+    assign: Any = type(output).__setitem__ if indexed else setattr
+    assign(output, key, new)
     states = getattr(output, "hidden_states", None)
     if isinstance(states, tuple) and states and states[-1] is old:
-        tied = (*states[:-1], new)
-        if isinstance(output, Mapping):
-            output["hidden_states"] = tied
-        else:
-            output.hidden_states = tied
+        assign(output, "hidden_states", (*states[:-1], new))
     return output
 
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from pyeff.nn import ReadAdapter
 
+# Of a decoder layer's cross-attention: [B, T, S], or a function that computes them.
+Probabilities = Tensor | Callable[[], Tensor] | None
+
 
 class ReadSession:
     """One call of a stack.
@@ -21,8 +24,10 @@ class ReadSession:
         name (str): the layers' path, for messages.
         streaming (bool): see above.
         store (torch.dtype, optional): the dtype that layer outputs are kept in.
-        joiner (Module, optional), encoded (Tensor, optional): of a decoder: the joiner and the encoder's correction [B, S, d].
-        deliver (callable, optional): ``deliver(output, correction)`` takes the correction instead of the stack's output.
+        joiner (Module, optional), encoded (Tensor, optional): of a decoder: the joiner and the encoder's
+            correction [B, S, d].
+        deliver (callable, optional): ``deliver(output, correction)`` takes the correction instead of the stack's
+            output.
     """
 
     def __init__(
@@ -40,8 +45,8 @@ class ReadSession:
         self.joiner, self.encoded, self.deliver = joiner, encoded, deliver
         self.stream = adapter.stream() if streaming else None
         self.embedding: Tensor | None = None
-        self.probabilities: Tensor | None = None
-        self._kept: list[tuple[Tensor, Tensor | None]] = []
+        self.probabilities: Probabilities = None
+        self._kept: list[tuple[Tensor, Probabilities]] = []
 
     @property
     def wants_probabilities(self) -> bool:
@@ -64,19 +69,24 @@ class ReadSession:
         probabilities, self.probabilities = self.probabilities, None
         if self.wants_probabilities and probabilities is None:
             raise RuntimeError(
-                f"{self.name}[{index}] ran without its cross-attention going through transformers' attention interface; "
-                "use joiner=None"
+                f"{self.name}[{index}] ran without its cross-attention going through transformers' attention "
+                "interface; use joiner=None"
             )
         if self.stream is not None:
             self.stream.push(self._join(phi, probabilities))
         else:
-            # The joiner waits for the end: a layer may run inside a checkpoint, whose saved tensors are not ours to add to.
+            # The joiner waits for the end: this layer may be in a checkpoint, which saves what its rerun will save too.
             self._kept.append((phi, probabilities))
 
     def close(self, output: Tensor) -> Tensor | None:
         if self.stream is not None:
             if self.stream.count == 0:
                 return None
+            if torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter.parameters()):
+                raise RuntimeError(
+                    f"{self.name}: gradients were disabled when the first layer ran and are enabled where the output "
+                    "is corrected; a reentrant checkpoint around single layers does that, use use_reentrant=False"
+                )
             correction = self.stream.correction()
         else:
             if not self._kept:
@@ -86,16 +96,18 @@ class ReadSession:
             correction = self.adapter(phi, embedding=self.embedding)
         if correction.shape != output.shape:
             raise ValueError(
-                f"the output to correct has shape {list(output.shape)}, expected {list(correction.shape)} as the outputs of "
-                f"{self.name}; name another module with output="
+                f"the output to correct has shape {list(output.shape)}, expected {list(correction.shape)} as the "
+                f"outputs of {self.name}; name another module with output="
             )
         if self.deliver is not None:
             self.deliver(output, correction)
             return None
         return output + correction.to(output.dtype)
 
-    def _join(self, phi: Tensor, probabilities: Tensor | None) -> Tensor:
-        if probabilities is None:
+    def _join(self, phi: Tensor, probabilities: Probabilities) -> Tensor:
+        if probabilities is None or self.joiner is None or self.encoded is None:
             return phi
+        if callable(probabilities):
+            probabilities = probabilities()
         e = probabilities.to(self.encoded.dtype) @ self.encoded
         return self.joiner(phi, e)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +27,7 @@ class Stack:
     layers: list[nn.Module]
     opener: nn.Module
     closer: nn.Module
-    width: int | None = field(default=None)
+    width: int | None = None
 
     @property
     def home(self) -> nn.Module:
@@ -76,14 +77,14 @@ def find_stacks(
 ) -> dict[str, Stack]:
     """The stacks of a model.
 
-    A list, ModuleList or Sequential is its own stack. Elsewhere the stack is the outermost ModuleList whose modules share a
-    class and that holds the most parameters; an encoder-decoder of Hugging Face has one in each half. The stack is called
-    through the module that owns the list.
+    A list, ModuleList or Sequential is its own stack. Elsewhere the stack is the outermost ModuleList whose modules
+    share a class and that holds the most parameters; an encoder-decoder of Hugging Face has one in each half. The stack
+    is called through the module that owns the list.
 
     Args:
         model (Module or sequence of Module): where to search.
-        stack (str, Module or mapping, optional): the layers' ModuleList or Sequential, or a module around it; by path or
-            itself. A mapping with ``"encoder"`` and ``"decoder"`` names both halves.
+        stack (str, Module or mapping, optional): the layers' ModuleList or Sequential, or a module around it; by path
+            or itself. A mapping with ``"encoder"`` and ``"decoder"`` names both halves.
         output (str or Module, optional): the module that returns the stack's output, if not the owner of the layers.
 
     Returns:
@@ -92,7 +93,7 @@ def find_stacks(
     Raises:
         ValueError: nothing fits, or several lists do.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, (nn.ModuleList, nn.Sequential)):
+    if isinstance(model, nn.ModuleList | nn.Sequential) or not isinstance(model, nn.Module):
         if stack is not None:
             raise ValueError("stack was given with a list of modules, expected None: the modules are the layers")
         return {"adapter": _listed(model, output)}
@@ -120,7 +121,8 @@ def _halves(model: nn.Module) -> dict[str, nn.Module]:
     """Encoder and decoder where the model has both, else the model."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         try:
-            encoder, decoder = model.get_encoder(), model.get_decoder()
+            halves: Any = model
+            encoder, decoder = halves.get_encoder(), halves.get_decoder()
         except (AttributeError, NotImplementedError):
             return {"adapter": model}
         if encoder is not None and decoder is not None:
@@ -171,16 +173,16 @@ def _single(model: nn.Module, module: nn.Module, path: str) -> Stack:
 
 
 def _closer(found: _Candidate) -> nn.Module:
-    """The owner of the layers; or its final norm, if the owner also pools, so that the pooler sees what was corrected."""
-    names = list(found.owner._modules)
-    layers = next(i for i, name in enumerate(names) if found.owner._modules[name] is found.layers)
-    after = [(name, found.owner._modules[name]) for name in names[layers + 1 :] if found.owner._modules[name] is not None]
+    """The owner of the layers; or its final norm if the owner also pools, so that the pooler sees corrected states."""
+    children = [(name, child) for name, child in found.owner._modules.items() if child is not None]
+    layers = next(i for i, (_, child) in enumerate(children) if child is found.layers)
+    after = children[layers + 1 :]
     pools = [i for i, (name, _) in enumerate(after) if "pool" in name.lower()]
     norms = [module for name, module in after[: pools[0]] if "norm" in name.lower()] if pools else []
     return norms[-1] if norms else found.owner
 
 
-def _listed(modules: Sequence[nn.Module], output: str | nn.Module | None) -> Stack:
+def _listed(modules: Sequence[nn.Module] | nn.ModuleList | nn.Sequential, output: str | nn.Module | None) -> Stack:
     layers = list(modules)
     if not layers:
         raise ValueError("the list of modules is empty, expected at least one layer")

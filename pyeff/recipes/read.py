@@ -23,7 +23,7 @@ from pyeff.nn import ReadAdapter
 from pyeff.recipes import _files
 from pyeff.recipes._cross import CROSS_ATTENTION, CrossCapture, CrossJoiner, FFNJoiner
 from pyeff.recipes._hooks import Freeze, Local, Watcher
-from pyeff.recipes._read_sessions import ReadSession
+from pyeff.recipes._read_sessions import Probabilities, ReadSession
 from pyeff.recipes._stacks import Stack, find_stacks, resolve
 
 _CHILD, _JOINER = "read_adapter", "read_joiner"
@@ -55,35 +55,36 @@ def attach(
 ) -> Attachment:
     """Freezes ``model`` and corrects its output by READ, through hooks; the model's own code stays as it is.
 
-    Of an encoder or decoder, the module that owns the layers returns corrected states, so that poolers and heads see them.
-    Of a Hugging Face encoder-decoder, only the decoder's output is corrected. The encoder's states stay the backbone's own,
-    or gradients would have to pass through the frozen decoder; the encoder's correction instead reaches the decoder's
-    recurrence through a joiner: ``e_j`` is that correction, averaged by the backbone's own cross-attention probabilities of
-    decoder layer j (mean over the heads). **The joiner is a reconstruction**: the paper's exact one was not available to us.
+    Of an encoder or decoder, the module that owns the layers returns corrected states, so that poolers and heads see
+    them. Of a Hugging Face encoder-decoder, only the decoder's output is corrected. The encoder's states stay the
+    backbone's own, or gradients would have to pass through the frozen decoder; the encoder's correction instead reaches
+    the decoder's recurrence through a joiner: ``e_j`` is that correction, averaged by the backbone's own
+    cross-attention probabilities of decoder layer j (mean over the heads). **The joiner is a reconstruction**: the
+    paper's exact one was not available to us.
 
-    With gradients enabled, references to the layer outputs are kept and the recurrence runs as one operation. Without, the
-    recurrence streams and no layer output is kept. Adapters are submodules of the model (named ``read_adapter``), so attach
-    before wrapping in DistributedDataParallel or building the optimizer.
+    With gradients enabled, references to the layer outputs are kept and the recurrence runs as one operation. Without,
+    the recurrence streams and no layer output is kept. Adapters are submodules of the model (named ``read_adapter``),
+    so attach before wrapping in DistributedDataParallel or building the optimizer.
 
     Args:
         model (Module or sequence of Module): any model with a stack of layers, from Hugging Face or not; or the layers
             themselves, in their order, the last one's output being corrected.
         rank (int), cell (str), norm (str), reduce (str), eps (float), bias (bool), scale (float), zero_init (bool),
-        recompute (bool), embed_state (bool): as in :class:`pyeff.nn.ReadAdapter`. With ``zero_init`` the first output is
-            the backbone's own, exactly. ``embed_state`` projects the first layer's input to the first state.
-        layers (sequence of int, or mapping, optional): the layers that are read; a mapping has one for ``"encoder"`` and
-            ``"decoder"``. Default: all.
+        recompute (bool), embed_state (bool): as in :class:`pyeff.nn.ReadAdapter`. With ``zero_init`` the first output
+            is the backbone's own, exactly. ``embed_state`` projects the first layer's input to the first state.
+        layers (sequence of int, or mapping, optional): the layers that are read; a mapping has one for ``"encoder"``
+            and ``"decoder"``. Default: all.
         joiner (str, optional): of an encoder-decoder: ``"cross"`` for ``x_j = phi_j + P e_j``, ``"ffn"`` for
             ``x_j = phi_j + W2 gelu(W1 [phi_j; e_j])``, or None to read the decoder alone.
-        train (sequence of str or Module): modules that stay trainable, such as the task's head; a name may be the end of a
-            path, as ``"classifier"``.
+        train (sequence of str or Module): modules that stay trainable, such as the task's head; a name may be the end
+            of a path, as ``"classifier"``.
         store (str, optional): ``"bf16"`` keeps (and computes on) layer outputs in bfloat16. Default: references.
-        stack (str, Module or mapping, optional): where the layers are, if not in the ModuleList of alike modules that holds
-            most of the parameters. A mapping names ``"encoder"`` and ``"decoder"``.
+        stack (str, Module or mapping, optional): where the layers are, if not in the ModuleList of alike modules that
+            holds most of the parameters. A mapping names ``"encoder"`` and ``"decoder"``.
         output (str or Module, optional): the module whose output is corrected. Default: the owner of the layers, or its
             final norm if it also has a pooler.
-        width (int, optional): of the layer outputs. Default: the configuration's ``hidden_size``, or a guess that the first
-            call checks.
+        width (int, optional): of the layer outputs. Default: the configuration's ``hidden_size``, or a guess that the
+            first call checks.
         cross_attention (str): regular expression for the names of the decoder layers' cross-attention modules.
         dtype (torch.dtype, optional): of the adapter. Default: the backbone's, and float32 for one in half precision.
 
@@ -91,7 +92,8 @@ def attach(
         Attachment: parameters, saving and loading, and the way back.
 
     Raises:
-        ValueError: no stack was found or several fit, an unknown name or option, or the model has an attachment already.
+        ValueError: no stack was found or several fit, an unknown name or option, or the model has an attachment
+            already.
 
     Example:
         >>> import torch
@@ -113,10 +115,11 @@ def attach(
     stacks = find_stacks(model, stack, output)
     if joiner is None:
         stacks.pop("encoder", None)
-    root = model if isinstance(model, nn.Module) else nn.ModuleList(model)
-    if isinstance(output, nn.Module) and not isinstance(model, nn.Module):
-        root.append(output)
-    options = {"cell": cell, "norm": norm, "eps": eps, "reduce": reduce, "bias": bias, "scale": scale}
+    if isinstance(model, nn.Module):
+        root = model
+    else:
+        root = nn.ModuleList([*model, output] if isinstance(output, nn.Module) else model)
+    options: dict[str, Any] = {"cell": cell, "norm": norm, "eps": eps, "reduce": reduce, "bias": bias, "scale": scale}
     make = functools.partial(
         ReadAdapter, rank=rank, zero_init=zero_init, recompute=recompute, embed_state=embed_state, **options
     )
@@ -128,20 +131,22 @@ def attach(
         if found.width is None:
             raise ValueError(f"the width of {found.name} could not be told, expected width=")
         read[label] = _chosen(layers, label, found)
-        adapters[label] = make(found.width, **_placement(found, dtype))
+        adapters[label] = make(width=found.width, **_placement(found, dtype))
     for item in train:
         module = resolve(root, item, "train")
         name = next((name for name, m in root.named_modules() if m is module), None)
         if name is None:
             raise ValueError(f"train: the {type(module).__name__} is not a module of the model")
         heads[name] = module
-    join = None
+    join: nn.Module | None = None
     if "encoder" in stacks:
-        sizes, like = (stacks["decoder"].width, stacks["encoder"].width), _placement(stacks["decoder"], dtype)
+        sizes = adapters["decoder"].width, adapters["encoder"].width
+        like = _placement(stacks["decoder"], dtype)
         join = CrossJoiner(*sizes, **like) if joiner == "cross" else FFNJoiner(*sizes, rank, **like)
     config = {
-        "recipe": "read", "version": 1, "rank": rank, **options, "embed_state": embed_state, "joiner": joiner if join else None,
-        "stacks": {key: {"width": found.width, "of": len(found.layers), "layers": read[key]} for key, found in stacks.items()},
+        "recipe": "read", "version": 1, "rank": rank, **options, "embed_state": embed_state,
+        "joiner": joiner if join else None,
+        "stacks": {key: {"width": s.width, "of": len(s.layers), "layers": read[key]} for key, s in stacks.items()},
         "train": sorted(heads),
     }  # fmt: skip
     return Attachment(root, stacks, read, adapters, join, heads, config, _STORES[store], cross_attention)
@@ -177,7 +182,6 @@ class Attachment:
     Attributes:
         adapters (dict of ReadAdapter): ``"adapter"``, or ``"encoder"`` and ``"decoder"``.
         joiner (Module, optional): of an encoder-decoder.
-        enabled (bool): False gives the backbone's own output, for as long as it is.
         config (dict): what a saved file is checked against.
 
     Example:
@@ -186,7 +190,7 @@ class Attachment:
         >>> block = torch.nn.Linear(16, 16)
         >>> with read.attach([block], rank=8) as attachment:
         ...     attachment
-        Attachment(layers: 1 of 1 layers, 16 wide; gru, rank 8; 856 trainable parameters)
+        Attachment(layers: 1 of 1 layers, 16 wide; gru, rank 8; 784 trainable parameters)
     """
 
     def __init__(
@@ -201,11 +205,11 @@ class Attachment:
         store: torch.dtype | None,
         cross_attention: str,
     ) -> None:
-        self.adapters, self.joiner, self.config, self.enabled = adapters, joiner, config, True
+        self.adapters, self.joiner, self.config = adapters, joiner, config
         self._stacks, self._heads, self._store = stacks, heads, store
         self._local, self._watchers = Local(), {}
         # First what may fail, then what changes the model.
-        self._capture = None
+        self._capture: CrossCapture | None = None
         if joiner is not None:
             decoder = stacks["decoder"]
             self._capture = CrossCapture([decoder.layers[i] for i in layers["decoder"]], self._sink, cross_attention)
@@ -223,6 +227,16 @@ class Attachment:
     def adapter(self) -> ReadAdapter:
         """The adapter that corrects the output: the only one, or the decoder's."""
         return self.adapters.get("adapter") or self.adapters["decoder"]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the output is corrected; set it to False for the backbone's own output."""
+        return bool(self._watchers) and all(watcher.active for watcher in self._watchers.values())
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        for watcher in self._watchers.values():
+            watcher.active = bool(value)
 
     def modules(self) -> dict[str, nn.Module]:
         """What trains, by name: adapters, joiner, and the modules kept trainable as ``train.<path>``."""
@@ -276,13 +290,13 @@ class Attachment:
         return self.train(False)
 
     def detach(self) -> None:
-        """Takes hooks and adapters off the model and restores every ``requires_grad``. Parameters and files stay usable."""
+        """Takes hooks and adapters off the model and restores every ``requires_grad``. The parameters stay usable."""
         if not self._watchers:
             return
         for label, watcher in self._watchers.items():
             watcher.remove()
             delattr(self._stacks[label].home, _CHILD)
-        if self.joiner is not None:
+        if self._capture is not None:
             delattr(self._stacks["decoder"].home, _JOINER)
             self._capture.remove()
         self._watchers = {}
@@ -301,12 +315,14 @@ class Attachment:
             for key, s in self.config["stacks"].items()
         )
         count = sum(p.numel() for p in self.parameters())
-        return f"Attachment({stacks}; {self.config['cell']}, rank {self.config['rank']}; {count:,} trainable parameters)"
+        return (
+            f"Attachment({stacks}; {self.config['cell']}, rank {self.config['rank']}; {count:,} trainable parameters)"
+        )
 
-    def _begin(self, label: str, args: tuple, kwargs: dict) -> ReadSession | None:
-        if not self.enabled:
-            return None
-        trained = [p for module in (*self.adapters.values(), self.joiner) if module is not None for p in module.parameters()]
+    def _begin(self, label: str, args: tuple, kwargs: dict) -> ReadSession:
+        trained = [
+            p for module in (*self.adapters.values(), self.joiner) if module is not None for p in module.parameters()
+        ]
         streaming = not (torch.is_grad_enabled() and any(p.requires_grad for p in trained))
         session = functools.partial(
             ReadSession, self.adapters[label], self._stacks[label].name, streaming=streaming, store=self._store
@@ -326,24 +342,27 @@ class Attachment:
 
         Generation calls the encoder once and the decoder for every token, with the states repeated for each beam.
         """
-        own, correction = getattr(self._local, "encoded", (None, None))
-        if states is own:
-            return correction
-        if own is not None and states.shape[1:] == own.shape[1:] and states.shape[0] % max(own.shape[0], 1) == 0:
+        known: tuple[Tensor, Tensor] | None = getattr(self._local, "encoded", None)
+        if known is not None:
+            own, correction = known
+            if states is own:
+                return correction
             beams = states.shape[0] // max(own.shape[0], 1)
-            if torch.equal(states, own.repeat_interleave(beams, 0)):
+            same = states.shape == (beams * own.shape[0], *own.shape[1:])
+            if same and torch.equal(states, own.repeat_interleave(beams, 0)):
                 correction = correction.repeat_interleave(beams, 0)
                 self._local.encoded = (states, correction)
                 return correction
         raise RuntimeError(
-            "the decoder was given encoder states whose correction is not known; run the attached model's encoder in this "
-            "thread right before, or attach with joiner=None"
+            "the decoder was given encoder states whose correction is not known; run the attached model's encoder in "
+            "this thread right before, or attach with joiner=None"
         )
 
-    def _sink(self, *probabilities: Tensor) -> bool:
+    def _sink(self, *probabilities: Probabilities) -> bool:
         """Whether probabilities are wanted now; takes them if they are given."""
-        session = self._watchers["decoder"].session if "decoder" in self._watchers else None
-        wanted = session is not None and session.wants_probabilities
-        if wanted and probabilities:
+        session: ReadSession | None = self._watchers["decoder"].session if "decoder" in self._watchers else None
+        if session is None or not session.wants_probabilities:
+            return False
+        if probabilities:
             session.probabilities = probabilities[0]
-        return wanted
+        return True
