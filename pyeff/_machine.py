@@ -54,8 +54,12 @@ def cpu_model() -> str:
 
 
 def cuda() -> dict[str, list[str]]:
-    """The devices that torch sees and the architectures that this installation has CUDA kernels for."""
-    devices = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
-    return {"devices": devices, "built": []}
+    """The devices that torch sees, why the CUDA kernels cannot run on each (or ``""``), and what they were built for."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    reason = backends.load_library()
+    native = None if reason else torch.ops.pyeff_cuda
+    return {
+        "devices": [torch.cuda.get_device_name(i) for i in range(count)],
+        "why_not": [native.why_not(i) if native else reason for i in range(count)],
+        "built": native.built_architectures().split() if native else [],
+    }

@@ -42,11 +42,16 @@ def machine_table(facts: dict) -> Table:
     from rich.table import Table
 
     cpu, cuda = facts["cpu"], facts["cuda"]
+    threads = f"{cpu['threads']} thread{'s' * (cpu['threads'] != 1)}"
     rows = {
         "versions": ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["versions"].items()),
-        "processor": f"{cpu['model']}, {cpu['threads']} threads",
+        "processor": f"{cpu['model']}, {threads}",
         "instruction sets": "",
-        "CUDA devices": ", ".join(cuda["devices"]) or "none",
+        "CUDA devices": "; ".join(
+            device + (f" ({reason})" if reason else "")
+            for device, reason in zip(cuda["devices"], cuda["why_not"], strict=True)
+        )
+        or "none",
         "CUDA kernels": ", ".join(cuda["built"]) or "not built",
     }
     if cpu["isa_chosen"]:

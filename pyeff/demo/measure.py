@@ -10,6 +10,7 @@ distinct storages that autograd keeps after a forward, parameters left out.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ import pyeff
 from pyeff.demo.variants import Settings, Variant, load
 
 STEPS = 3
-REPEATS = 7
+REPEATS = 15
 
 
 def _status(field: str) -> int:
@@ -108,8 +110,8 @@ def memory(key: str, classes: int, settings: Settings) -> dict[str, object]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def read_alone(variants: list[Variant], settings: Settings) -> dict[str, float]:
-    """Seconds for forward and backward of READ's recurrence and projection alone, on a full batch's layer outputs.
+def read_alone(variants: list[Variant], training: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+    """Seconds for forward and backward of READ's recurrence and projection alone, on the layer outputs of training batches.
 
     The variants take turns; each gets the same layer outputs and the first variant's weights.
 
@@ -117,13 +119,12 @@ def read_alone(variants: list[Variant], settings: Settings) -> dict[str, float]:
         dict: the median for each variant's key.
     """
     first = variants[0]
-    adapter, encoder = first.attachment.adapter, first.model.encoder
-    ids = torch.randint(encoder.get_input_embeddings().num_embeddings, (settings.batch, settings.max_length))
-    with torch.no_grad():
-        states = encoder(input_ids=ids, output_hidden_states=True).hidden_states
-    phi = [state.detach() for state in states[1:]]
+    adapter, encoder = first.attachment.adapter, first.model.encoder.eval()
     seconds: dict[str, list[float]] = {variant.key: [] for variant in variants}
-    for _ in range(REPEATS + 1):
+    for batch in itertools.islice(training, REPEATS + 1):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            phi = encoder(**inputs, output_hidden_states=True).hidden_states[1:]
         for variant in variants:
             with variant.running():
                 start = time.perf_counter()

@@ -19,10 +19,11 @@ MIB = 2**20
 
 def summary(results: dict) -> Table:
     """One row a variant, at most 80 columns."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=f"After {results['steps']} steps", title_justify="left")
-    table.add_column("variant", no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"After {results['steps']} steps", title_justify="left")
+    table.add_column("", no_wrap=True)
     for name in ("test", "step", "READ part", "peak", "saved", "trained"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, row in results["variants"].items():
@@ -75,10 +76,11 @@ def picture(results: dict, path: Path) -> None:
     bars(figure.add_subplot(grid[1, 2:4]), rows, "peak_bytes", 1 / MIB, "Peak memory over the loaded model", "MiB")
     bars(figure.add_subplot(grid[1, 4:]), rows, "saved_bytes", 1 / MIB, "Saved for the backward", "MiB")
     machine = results["machine"]
+    threads, corpus = machine["cpu"]["threads"], results["corpus"]
     figure.suptitle(
-        f"{results['model']} on {results['corpus']['name']} ({len(results['corpus']['labels'])} classes), "
+        f"{results['model']} on {corpus['name']} ({len(corpus['labels'])} classes), "
         f"{results['steps']} steps of {results['settings']['batch']} texts\n"
-        f"{machine['cpu']['model']}, {machine['cpu']['threads']} threads, torch {machine['versions']['torch']}",
+        f"{machine['cpu']['model']}, {threads} thread{'s' * (threads != 1)}, torch {machine['versions']['torch']}",
         fontsize=11,
     )
     figure.savefig(path, dpi=130)

@@ -79,7 +79,7 @@ def demo(
     variants = {key: Variant(key, model, settings) for key in keys}
     read = [variants[key] for key in ("reference", "fused") if key in variants]
     with console.status("Timing READ's part of a step"):
-        for key, seconds in measure.read_alone(read, settings).items():
+        for key, seconds in measure.read_alone(read, batches.training()).items():
             results["variants"][key]["read_seconds"] = seconds
     # What is left for training, less a reserve for the reloaded adapter and the picture.
     budget = 60 * minutes - (time.perf_counter() - start) - 10
@@ -134,8 +134,8 @@ def _tell(console: Console, results: dict, out: Path, adapter: Path) -> None:
     rows = results["variants"]
     console.print(
         "[dim]test: accuracy. step: median; the variants take turns. READ part: the adapter's forward and backward "
-        "alone, on a full batch. peak: of a step, over the loaded model, in a process of its own. saved: what autograd "
-        "keeps for the backward.[/]",
+        "alone, on such batches. peak: of a step on texts of full length, over the loaded model, in a process of its "
+        "own. saved: what autograd keeps for its backward.[/]",
         highlight=False,
     )
     if "fused" in rows:
