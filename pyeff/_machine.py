@@ -54,7 +54,7 @@ def cpu_model() -> str:
 
 
 def cuda() -> dict[str, list[str]]:
-    """The devices that torch sees, why the CUDA kernels cannot run on each (or ``""``), and what they were built for."""
+    """The devices that torch sees, why the CUDA kernels cannot run on each (or ``""``), what they were built for."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     reason = backends.load_library()
     native = None if reason else torch.ops.pyeff_cuda

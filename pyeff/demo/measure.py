@@ -111,7 +111,7 @@ def memory(key: str, classes: int, settings: Settings) -> dict[str, object]:
 
 
 def read_alone(variants: list[Variant], training: Iterator[dict[str, Tensor]]) -> dict[str, float]:
-    """Seconds for forward and backward of READ's recurrence and projection alone, on the layer outputs of training batches.
+    """Seconds for forward and backward of READ's recurrence and projection alone, on the layer outputs of batches.
 
     The variants take turns; each gets the same layer outputs and the first variant's weights.
 
