@@ -7,7 +7,6 @@ imported by the function when it runs, so that ``pyeff --help`` answers at once.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
@@ -44,8 +43,7 @@ def build() -> typer.Typer:
             raise typer.Exit
 
     for name in COMMANDS:
-        if importlib.util.find_spec(f"pyeff.cli.{name}"):
-            app.command(name)(getattr(importlib.import_module(f"pyeff.cli.{name}"), name))
+        app.command(name)(getattr(importlib.import_module(f"pyeff.cli.{name}"), name))
     return app
 
 
