@@ -273,6 +273,25 @@ def test_enabled_switch_and_modes():
     assert torch.equal(model(X), own)
 
 
+def test_layers_that_are_not_seen_are_an_error(monkeypatch):
+    model = make()
+    read.attach(model, 8)
+
+    def around_the_hooks(x):
+        for block in model.body.blocks:
+            x = block.forward(x)
+        return Pair(x, "extra")
+
+    monkeypatch.setattr(model.body, "forward", around_the_hooks)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="no layer that is read was called"):
+            model(X)
+    # With LayerDrop a layer may be left out: there is nothing to read then.
+    model.body.layerdrop = 0.5
+    own = model.head(around_the_hooks(X).states)
+    assert torch.equal(model(X), own)
+
+
 def test_a_call_that_raises_leaves_nothing_open():
     model = make()
     attachment = read.attach(model, 8)

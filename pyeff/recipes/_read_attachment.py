@@ -220,8 +220,10 @@ class Attachment:
         adapters = [self.adapters[name] for name in (self._active or (label,))]
         trained = (p for module in (*self.adapters.values(), self.joiner) if module for p in module.parameters())
         streaming = not (torch.is_grad_enabled() and any(p.requires_grad for p in trained))
+        stack = self._stacks[label]
+        drops = stack.opener.training and getattr(stack.opener, "layerdrop", 0) > 0
         session = functools.partial(
-            ReadSession, adapters, self._stacks[label].name, streaming=streaming, store=self._store
+            ReadSession, adapters, stack.name, streaming=streaming, store=self._store, may_skip=drops
         )
         if self._pack:
             own = self._signatures[label].bind_partial(*args, **kwargs).arguments.get("attention_mask")
