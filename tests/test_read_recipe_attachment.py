@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 from typing import NamedTuple
 
@@ -385,3 +387,12 @@ def test_errors_of_calls_and_twice():
     read.attach(narrow, 8, output=(last := nn.Linear(16, 4)))
     with pytest.raises(ValueError, match=r"shape \[5, 4\], expected \[5, 16\]"):
         last(chain(narrow))
+
+
+def test_optional_packages_load_on_first_use():
+    code = (
+        "import sys, torch; from pyeff.recipes import read; a = read.attach([torch.nn.Linear(4, 4)], 2); a.detach();"
+        "print([m for m in ('transformers', 'safetensors') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
