@@ -32,6 +32,15 @@ class Attachment:
 
     As a context manager it detaches at the end.
 
+    Args:
+        model (Module): what is frozen, but for ``heads``.
+        stacks (dict of Stack), layers (dict of list of int): by stack: where it is, and which of its layers are read.
+        adapters (dict of ReadAdapter): by stack, or by task.
+        joiner (Module, optional): of an encoder-decoder.
+        heads (dict of Module): by path: modules of the model that stay trainable.
+        config (dict): what a saved file is checked against.
+        store (torch.dtype, optional), pack (bool), cross_attention (str): as of :func:`attach`.
+
     Attributes:
         adapters (dict of ReadAdapter): ``"adapter"``, or ``"encoder"`` and ``"decoder"``, or one for each task.
         joiner (Module, optional): of an encoder-decoder.
