@@ -81,10 +81,11 @@ class _Kept:
 
 
 class _Saved:
-    """What autograd keeps in place of a tensor; it dies with the node of the graph, which may be before the backward."""
+    """What autograd keeps in place of a tensor; it dies with its node in the graph, perhaps before the backward."""
 
     def __init__(self, tensor: Tensor, kept: _Kept) -> None:
-        self.tensor, self.kept = tensor, kept
+        # Detached: a node that saves its own output would otherwise hold itself.
+        self.tensor, self.kept = tensor.detach(), kept
         if tensor.layout == torch.strided:
             kept.add(tensor.untyped_storage())
 
