@@ -111,6 +111,7 @@ def case(tokens: int, width: int, out: int, dtype: torch.dtype, device: str) -> 
         mode=FORWARD,
         flops=2.0 * tokens * width * out,
         bytes=float(numbers * dtype.itemsize),
+        reduction=width,
         make=make,
         set_bytes=(tokens * width + width * out) * dtype.itemsize,
         tensors=Inputs.tensors,
