@@ -18,6 +18,7 @@ GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 SAVED_GATES = {"rnn": 0, "gru": 4, "lstm": 4}
 NORMS = ("rms", "layer", "none")
 REDUCTIONS = ("mean", "last")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # How much the forward keeps: nothing, the states, or the states and the gates.
 SAVE_NOTHING, SAVE_STATES, SAVE_GATES = 0, 1, 2
 
@@ -106,6 +107,8 @@ def read_recurrence(
         torch.Size([2, 5, 8])
         >>> out.sum().backward()
     """
+    if not isinstance(phi, Sequence | Tensor):
+        raise ValueError(f"read_recurrence: phi is a {type(phi).__name__}, expected a sequence of tensors [*, d]")
     return torch.ops.pyeff.read_recurrence(
         list(phi), w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, h0=h0, c0=c0, cell=cell,
         norm=norm, eps=eps, reduce=reduce, recompute=recompute, backend=backends.current(),
@@ -147,19 +150,25 @@ def read_step(
         >>> state[0].shape
         torch.Size([5, 8])
     """
-    if isinstance(state, Tensor) or state is None:
-        if cell == "lstm" and state is not None:
-            raise ValueError("read_step: state is one tensor, expected (h, c) for the lstm cell")
-        h, c = state, None
-    elif cell == "lstm" and len(state) == 2:
-        h, c = state
-    else:
-        raise ValueError(f"read_step: state is a {type(state).__name__} of {len(state)}, expected one tensor for {cell!r}")
+    h, c = (state, None) if isinstance(state, Tensor) or state is None else _pair(state, cell)
+    if cell == "lstm" and h is not None and c is None:
+        raise ValueError("read_step: state is one tensor, expected (h, c) for the lstm cell")
     h, c = torch.ops.pyeff.read_step(
         phi_i, h, c, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm,
         eps=eps, backend=backends.current(),
     )  # fmt: skip
     return (h, c) if cell == "lstm" else h
+
+
+def _pair(state: object, cell: str) -> tuple[Tensor, Tensor]:
+    """The two tensors of an LSTM's state."""
+    found = f"a {type(state).__name__}"
+    if isinstance(state, tuple | list):
+        if cell == "lstm" and len(state) == 2 and all(isinstance(t, Tensor) for t in state):
+            return state[0], state[1]
+        found += f" of {', '.join(type(t).__name__ for t in state) or 'nothing'}"
+    expected = "(h, c), two tensors," if cell == "lstm" else "one tensor"
+    raise ValueError(f"read_step: state is {found}, expected None or {expected} for cell={cell!r}")
 
 
 def _check_tensor(op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -169,10 +178,15 @@ def _check_tensor(op: str, name: str, t: Tensor, shape: tuple[int, ...], like: T
         raise ValueError(f"{op}: {name} is {t.dtype}, expected {like.dtype} as w_ih")
     if t.device != like.device:
         raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device} as w_ih")
+    if t.layout != torch.strided:
+        raise ValueError(f"{op}: {name} has layout {t.layout}, expected torch.strided (a dense tensor)")
 
 
 def _check(op, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce="mean") -> None:
     """Everything that can be wrong with a call, before anything is computed."""
+    step = op == "read_step"
+    phi_names = ["phi_i"] if step else [f"phi[{i}]" for i in range(len(phi))]
+    h_name, c_name = ("state (h)", "state (c)") if step else ("h0", "c0")
     for name, value, known in (("cell", cell, GATES), ("norm", norm, NORMS), ("reduce", reduce, REDUCTIONS)):
         if value not in known:
             raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, known))}")
@@ -185,23 +199,24 @@ def _check(op, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell
     if norm != "layer" and norm_bias is not None:
         raise ValueError(f"{op}: norm_bias was given with norm={norm!r}, expected None (only norm='layer' has a bias)")
     if cell != "lstm" and c0 is not None:
-        raise ValueError(f"{op}: c0 was given with cell={cell!r}, expected None (only the lstm has a cell state)")
-    if not w_ih.is_floating_point():
-        raise ValueError(f"{op}: w_ih is {w_ih.dtype}, expected a floating-point dtype")
+        raise ValueError(f"{op}: {c_name} was given with cell={cell!r}, expected None (only the lstm has a cell state)")
+    if w_ih.dtype not in DTYPES:
+        expected = ", ".join(map(str, DTYPES))
+        raise ValueError(f"{op}: w_ih is {w_ih.dtype}, expected one of {expected}")
     if w_hh.dim() != 2 or w_hh.shape[1] == 0 or w_hh.shape[0] != GATES[cell] * w_hh.shape[1]:
         raise ValueError(f"{op}: w_hh has shape {list(w_hh.shape)}, expected [{GATES[cell]} r, r] for {cell!r}")
     first = phi[0]
     if first.dim() == 0 or first.shape[-1] == 0:
-        raise ValueError(f"{op}: phi[0] has shape {list(first.shape)}, expected [*, d] with d of at least 1")
+        raise ValueError(f"{op}: {phi_names[0]} has shape {list(first.shape)}, expected [*, d] with d of at least 1")
     rank, width, lead = w_hh.shape[1], first.shape[-1], tuple(first.shape[:-1])
     gates = GATES[cell] * rank
     _check_tensor(op, "w_ih", w_ih, (gates, width), w_ih)
     _check_tensor(op, "w_hh", w_hh, (gates, rank), w_ih)
-    for i, phi_i in enumerate(phi):
-        _check_tensor(op, f"phi[{i}]", phi_i, tuple(first.shape), w_ih)
+    for name, phi_i in zip(phi_names, phi, strict=True):
+        _check_tensor(op, name, phi_i, tuple(first.shape), w_ih)
     for name, t, shape in (
         ("b_ih", b_ih, (gates,)), ("b_hh", b_hh, (gates,)), ("norm_weight", norm_weight, (width,)),
-        ("norm_bias", norm_bias, (width,)), ("h0", h0, (*lead, rank)), ("c0", c0, (*lead, rank)),
+        ("norm_bias", norm_bias, (width,)), (h_name, h0, (*lead, rank)), (c_name, c0, (*lead, rank)),
     ):  # fmt: skip
         if t is not None:
             _check_tensor(op, name, t, shape, w_ih)
@@ -209,7 +224,8 @@ def _check(op, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell
 
 def _cast(tensors: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
     """What autocast asks for: floating-point tensors in its dtype, float64 left alone."""
-    if not torch.is_autocast_enabled(device.type):
+    # torch knows no autocast for some devices (meta) and raises when asked.
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]

@@ -69,7 +69,15 @@ def read_step(
     norm: str = "rms",
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One layer of the recurrence; see :func:`pyeff.ops.read_step` for the arguments."""
+    """One layer of the recurrence; see :func:`pyeff.ops.read_step` for the arguments.
+
+    Example:
+        >>> import torch, pyeff
+        >>> gru = torch.nn.GRU(16, 8)
+        >>> h = pyeff.reference.read_step(torch.randn(5, 16), None, gru.weight_ih_l0, gru.weight_hh_l0)
+        >>> h.shape
+        torch.Size([5, 8])
+    """
     x = normalize(phi_i, norm, norm_weight, norm_bias, eps)
     if state is None:
         zero = x.new_zeros(*x.shape[:-1], w_hh.shape[1])

@@ -1,0 +1,255 @@
+"""What the tests of every operation share: backends, random strided tensors, READ calls and the three-way tolerance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyeff
+from pyeff import backends
+
+BACKENDS = ("reference", "cpu")
+KERNEL_BACKENDS = ("cpu",)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+CELLS, NORMS, REDUCTIONS = ("rnn", "gru", "lstm"), ("rms", "layer", "none"), ("mean", "last")
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+# The backends that must be there: a test of one of these fails where it would otherwise be skipped.
+REQUIRED = tuple(filter(None, os.environ.get("PYEFF_TEST_REQUIRE", "").split(",")))
+
+
+def need(op: str, name: str) -> None:
+    """Skips the test where backend ``name`` cannot serve ``op``; fails it where PYEFF_TEST_REQUIRE names it."""
+    state = backends.support(op, name)
+    if not state.usable:
+        message = f"{op}: backend {name!r} cannot be used: {state.reason}"
+        pytest.fail(message) if name in REQUIRED else pytest.skip(message)
+
+
+# ---- tolerance ----
+#
+# The oracle is the reference in float64 on the very numbers that the low-precision call gets. In a dtype, the
+# reference itself is wrong by `allowed`; a kernel may be wrong by as much, plus what rounding alone does to a sum of
+# K terms.
+#
+# A sum of K terms of size s with random signs has size sqrt(K) s =: scale. Adding term after term rounds K partial
+# sums, the k-th of size sqrt(k) s, each by at most u = eps/2 of itself, with random signs: together
+# u s sqrt(1 + 2 + .. + K) ~ u s K / sqrt(2) = eps / (2 sqrt(2)) * sqrt(K) * scale. Products of low-precision numbers
+# are summed in float32 (float64 for float64), so this eps is the accumulator's. What is stored in the tensors' own
+# dtype is rounded once more, by at most eps(dtype)/2 * scale. What is compared is the largest of M errors, and the
+# largest of M draws lies at sqrt(2 log M) standard deviations, 3 to 5 for our sizes, against 2 sqrt(2) above: the
+# constant is 1 for the sum and 1 (two roundings) for the store.
+SUM_CONSTANT = 1.0
+STORE_CONSTANT = 1.0
+
+
+def rounding(dtype: torch.dtype, terms: int, scale: float) -> float:
+    """What rounding does to a sum of ``terms`` terms that comes out at size ``scale`` and is stored as ``dtype``."""
+    accumulator = torch.promote_types(dtype, torch.float32)
+    relative = STORE_CONSTANT * torch.finfo(dtype).eps + SUM_CONSTANT * torch.finfo(accumulator).eps * math.sqrt(terms)
+    return relative * scale
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """The largest absolute error; infinite where one of the two is not finite and the other is."""
+    value, truth = value.double(), truth.double()
+    assert value.shape == truth.shape, (value.shape, truth.shape)
+    assert torch.equal(torch.isfinite(value), torch.isfinite(truth)), "not finite where the oracle is, or the other way"
+    gap = (value - truth)[torch.isfinite(truth)].abs()
+    return gap.max().item() if gap.numel() else 0.0
+
+
+def assert_three_way(what: str, fused: Tensor, same_dtype: Tensor, oracle: Tensor, terms: int) -> None:
+    """The kernel's error against the oracle is at most the reference's in the same dtype plus the bound above.
+
+    Args:
+        what (str): names the tensor in the failure.
+        fused (Tensor): what is tested.
+        same_dtype (Tensor): the reference on the same numbers in the same dtype.
+        oracle (Tensor): the reference on the same numbers in float64.
+        terms (int): the length K of the reduction that ends in one element.
+    """
+    assert fused.dtype == same_dtype.dtype, f"{what}: {fused.dtype}, the reference gives {same_dtype.dtype}"
+    finite = oracle[torch.isfinite(oracle)]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    wrong, allowed = error(fused, oracle), error(same_dtype, oracle)
+    slack = rounding(fused.dtype, terms, scale)
+    assert wrong <= allowed + slack, (
+        f"{what}: error {wrong:.3e}; the reference in {fused.dtype} makes {allowed:.3e}, rounding of {terms} terms of "
+        f"total size {scale:.3e} adds {slack:.3e}"
+    )
+
+
+# ---- strided tensors ----
+
+STRIDES = ("contiguous", "sliced", "transposed", "every_second", "permuted", "expanded")
+
+
+def lay_out(values: Tensor, kind: str) -> Tensor:
+    """``values`` behind strides of one kind; the memory between the elements holds NaN.
+
+    ``sliced`` starts inside a wider row, ``transposed`` has a last stride that is not 1, ``every_second`` strides by 2,
+    ``permuted`` has its leading dimensions stored in reverse, ``expanded`` repeats the first row by strides of 0.
+    """
+    if not values.dim() or kind == "contiguous":
+        return values.contiguous()
+    *lead, width = values.shape
+
+    def room(*shape: int) -> Tensor:
+        return values.new_full(shape, math.nan)
+
+    if kind == "sliced":
+        out = room(*lead, width + 5)[..., 3 : 3 + width]
+    elif kind == "transposed":
+        out = room(width, *lead).movedim(0, -1)
+    elif kind == "every_second":
+        out = room(*lead, 2 * width)[..., 1::2]
+    elif kind == "permuted":
+        out = room(*lead[::-1], width).permute(*reversed(range(len(lead))), len(lead))
+    elif kind == "expanded":
+        return values if 0 in lead else values[(0,) * len(lead)].clone().expand(values.shape)
+    else:
+        raise ValueError(kind)
+    return out.copy_(values)
+
+
+# ---- calls of READ ----
+
+WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "norm_weight", "norm_bias", "h0", "c0")
+
+
+@dataclasses.dataclass
+class Read:
+    """One call of read_recurrence: ``tensors`` holds phi as ``phi0``, ``phi1``, .. and the rest by its name."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, object]
+
+    @property
+    def layers(self) -> int:
+        return sum(name.startswith("phi") for name in self.tensors)
+
+    @property
+    def phi(self) -> list[Tensor]:
+        return [self.tensors[f"phi{i}"] for i in range(self.layers)]
+
+    @property
+    def rank(self) -> int:
+        return self.tensors["w_hh"].shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.tensors["w_ih"].shape[1]
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.tensors["phi0"].shape[:-1])
+
+    def to(self, dtype: torch.dtype) -> Read:
+        return self.map(lambda t: t.detach().to(dtype, copy=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Read:
+        return Read({name: change(t) for name, t in self.tensors.items()}, self.options)
+
+    def but(self, **options) -> Read:
+        return Read(self.tensors, {**self.options, **options})
+
+    def require_grad(self, names: Iterable[str]) -> Read:
+        names = set(names)
+        assert names <= set(self.tensors), names
+        return Read(
+            {name: t.detach().requires_grad_(name in names) for name, t in self.tensors.items()}, dict(self.options)
+        )
+
+    def __call__(self, function: Callable[..., Tensor] | None = None, **extra) -> Tensor:
+        function = pyeff.ops.read_recurrence if function is None else function
+        given = {name: self.tensors[name] for name in WEIGHTS if name in self.tensors}
+        return function(self.phi, **given, **self.options, **extra)
+
+    def terms(self, name: str) -> int:
+        """The reduction length behind one element of the output or of a gradient.
+
+        Every pre-activation sums d + r products and passes its error on through L layers; a weight's gradient then sums
+        over tokens and layers, a norm's also over the gates, a phi's and a state's over the gates.
+        """
+        gates = GATES[self.options["cell"]] * self.rank
+        own = {"out": 0, "h0": gates, "c0": gates}
+        over_tokens = max(self.tokens, 1) * self.layers
+        for weight in ("w_ih", "w_hh", "b_ih", "b_hh"):
+            own[weight] = over_tokens
+        own["norm_weight"] = own["norm_bias"] = over_tokens * gates
+        return self.layers * (self.width + self.rank) + (gates if name.startswith("phi") else own[name])
+
+
+def make_read(
+    cell: str = "gru", norm: str = "rms", reduce: str = "mean", *, lead: tuple[int, ...] = (5,), layers: int = 3,
+    d: int = 24, r: int = 10, dtype: torch.dtype = torch.float64, bias: bool = True, state: bool = True,
+    affine: bool = True, strides: tuple[str, ...] = ("contiguous",), weight_strides: str = "contiguous",
+    eps: float = 1e-6, seed: int = 0,
+) -> Read:  # fmt: skip
+    """A random READ call in which every argument matters; phi takes its strides from ``strides`` in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    gates = GATES[cell] * r
+    shapes: dict[str, tuple[tuple[int, ...], float, float]] = {  # name: shape, scale, offset
+        "w_ih": ((gates, d), d**-0.5, 0.0),
+        "w_hh": ((gates, r), r**-0.5, 0.0),
+    }
+    if bias:
+        shapes |= {"b_ih": ((gates,), 0.5, 0.0), "b_hh": ((gates,), 0.5, 0.0)}
+    if affine and norm != "none":
+        shapes["norm_weight"] = ((d,), 0.3, 1.0)
+    if affine and norm == "layer":
+        shapes["norm_bias"] = ((d,), 0.3, 0.0)
+    if state:
+        shapes["h0"] = ((*lead, r), 0.5, 0.0)
+        if cell == "lstm":
+            shapes["c0"] = ((*lead, r), 1.0, 0.0)
+    # phi neither centred nor of size one, so that a norm left out shows.
+    shapes |= {f"phi{i}": ((*lead, d), 1.5, 0.25) for i in range(layers)}
+    tensors = {}
+    for name, (shape, scale, offset) in shapes.items():
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + offset
+        kind = strides[int(name[3:]) % len(strides)] if name.startswith("phi") else weight_strides
+        tensors[name] = lay_out(values.to(dtype), kind)
+    return Read(tensors, {"cell": cell, "norm": norm, "reduce": reduce, "eps": eps})
+
+
+def gradients(call: Read, names: Iterable[str], grad_out: Tensor, function=None, **extra) -> dict[str, Tensor]:
+    """The output under ``out`` and the gradient of each of ``names``."""
+    call = call.require_grad(names)
+    names = list(names)
+    out = call(function, **extra)
+    grads = torch.autograd.grad(out, [call.tensors[name] for name in names], grad_out.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def check_read(call: Read, names: Iterable[str] = (), *, grad_out: Tensor | None = None, **extra) -> None:
+    """Output and gradients of a call, three ways, on the backend in force."""
+    names = list(names)
+    if names:
+        if grad_out is None:
+            generator = torch.Generator().manual_seed(99)
+            shape = (*call.tensors["phi0"].shape[:-1], call.rank)
+            # Rounded to the call's dtype first: all three must be asked for the same derivative.
+            grad_out = torch.randn(shape, generator=generator, dtype=torch.float64).to(call.tensors["w_ih"].dtype)
+        fused = gradients(call, names, grad_out, **extra)
+        same = gradients(call, names, grad_out, pyeff.reference.read_recurrence)
+        oracle = gradients(call.to(torch.float64), names, grad_out, pyeff.reference.read_recurrence)
+    else:
+        with torch.no_grad():
+            fused = {"out": call(**extra)}
+            same = {"out": call(pyeff.reference.read_recurrence)}
+            oracle = {"out": call.to(torch.float64)(pyeff.reference.read_recurrence)}
+    for name in fused:
+        assert_three_way(name, fused[name], same[name], oracle[name], call.terms(name))
+
+
+def says(*parts: object) -> str:
+    """A pattern for ``pytest.raises(match=...)``: the parts in this order, anything between them."""
+    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)

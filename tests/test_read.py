@@ -1,0 +1,345 @@
+"""READ against its float64 oracle: outputs and gradients over cells, norms, dtypes, shapes and strides."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+import pyeff
+from tests import helpers
+from tests.helpers import CELLS, DTYPES, NORMS, REDUCTIONS, check_read, make_read
+
+EVERY_KIND = list(product(CELLS, NORMS))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def shape_id(value):
+    return "x".join(map(str, value)) or "scalar" if isinstance(value, tuple) else None
+
+
+@dtypes
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
+def test_forward(backend, cell, norm, reduce, dtype):
+    for bias, state, affine in product((True, False), repeat=3):
+        check_read(make_read(cell, norm, reduce, dtype=dtype, bias=bias, state=state, affine=affine))
+
+
+@dtypes
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
+def test_gradients(kernels, cell, norm, reduce, dtype):
+    for full in (True, False):
+        call = make_read(cell, norm, reduce, dtype=dtype, bias=full, state=full, affine=full)
+        for recompute in (False, True):
+            check_read(call, call.tensors, recompute=recompute)
+
+
+@pytest.mark.parametrize("name", ["b_ih", "b_hh", "norm_weight", "norm_bias", "h0", "c0"])
+@dtypes
+def test_each_optional_argument_alone(kernels, name, dtype):
+    """One optional argument given and the others not: none stands in for another."""
+    call = make_read("lstm", "layer", dtype=dtype)
+    optional = {"b_ih", "b_hh", "norm_weight", "norm_bias", "h0", "c0"}
+    for kept in ({name}, optional - {name}):
+        some = helpers.Read({n: t for n, t in call.tensors.items() if n in kept or n not in optional}, call.options)
+        check_read(some, some.tensors)
+
+
+@dtypes
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (2, 1, 3), (63,), (500,)], ids=shape_id)
+def test_leading_shapes(kernels, cell, lead, dtype):
+    call = make_read(cell, "rms", lead=lead, dtype=dtype, d=20, r=7)
+    check_read(call, call.tensors)
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)], ids=shape_id)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_tokens(backend, cell, reduce, lead):
+    """No token: an empty output, and gradients of zero for the weights."""
+    call = make_read(cell, "layer", reduce, lead=lead, dtype=torch.float32)
+    found = helpers.gradients(call, call.tensors, torch.zeros(*lead, call.rank))
+    assert found["out"].shape == (*lead, call.rank)
+    for name, t in call.tensors.items():
+        assert found[name].shape == t.shape
+        assert not found[name].any(), f"the gradient of {name} is not zero without a token"
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("cell", "norm", "tokens", "layers", "d", "r"),
+    [
+        ("rnn", "rms", 63, 1, 63, 63),
+        ("gru", "rms", 500, 3, 63, 16),
+        ("gru", "layer", 63, 2, 1023, 33),
+        ("lstm", "rms", 1023, 2, 48, 31),
+        ("lstm", "none", 17, 2, 63, 17),
+        ("rnn", "layer", 500, 2, 31, 100),
+        ("gru", "none", 1023, 1, 500, 24),
+        ("gru", "rms", 3, 1, 1, 1),
+        ("lstm", "layer", 1, 1, 2, 1),
+    ],
+)
+def test_odd_sizes(kernels, cell, norm, tokens, layers, d, r, dtype):
+    call = make_read(cell, norm, lead=(tokens,), layers=layers, d=d, r=r, dtype=dtype)
+    check_read(call, call.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_wide_state(kernels, cell, dtype):
+    call = make_read(cell, lead=(9,), layers=2, d=72, r=1024, dtype=dtype)
+    check_read(call, call.tensors)
+
+
+@dtypes
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_layers(kernels, cell, dtype):
+    call = make_read(cell, lead=(9,), layers=128, d=20, r=18, dtype=dtype)
+    check_read(call, call.tensors)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", [k for k in helpers.STRIDES if k != "contiguous"])
+@pytest.mark.parametrize(("cell", "norm"), [("gru", "rms"), ("lstm", "layer"), ("rnn", "none")])
+def test_strided_phi(backend, cell, norm, kind, dtype):
+    call = make_read(cell, norm, lead=(3, 4), d=19, r=9, dtype=dtype, strides=(kind,))
+    assert kind == "permuted" or call.phi[0].stride() != make_read(cell, norm, lead=(3, 4), d=19, r=9).phi[0].stride()
+    check_read(call, call.tensors)
+
+
+@dtypes
+def test_phi_of_different_strides(kernels, dtype):
+    call = make_read("gru", "layer", lead=(3, 4), layers=7, d=19, r=9, dtype=dtype, strides=helpers.STRIDES)
+    check_read(call, call.tensors)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", [k for k in helpers.STRIDES if k != "contiguous"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_strided_weights_and_states(kernels, cell, kind, dtype):
+    call = make_read(cell, "layer", lead=(3, 4), d=19, r=9, dtype=dtype, weight_strides=kind)
+    check_read(call, call.tensors)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", helpers.STRIDES)
+def test_strided_gradient(kernels, kind, dtype):
+    """The incoming gradient may have any strides; that of ``out.sum()`` has strides of 0."""
+    call = make_read("gru", lead=(3, 4), dtype=dtype)
+    grad_out = helpers.lay_out(torch.randn(3, 4, call.rank).to(dtype), kind)
+    check_read(call, call.tensors, grad_out=grad_out)
+    check_read(call, call.tensors, grad_out=torch.ones((), dtype=dtype).expand(3, 4, call.rank))
+
+
+@dtypes
+@pytest.mark.parametrize("cell", CELLS)
+def test_some_phi_ask_for_gradients(kernels, cell, dtype):
+    call = make_read(cell, "rms", layers=4, dtype=dtype)
+    for wanted in (["phi0"], ["phi3"], ["phi1", "phi2"], ["phi0", "phi3", "w_ih"], ["phi2", "h0"]):
+        check_read(call, wanted)
+
+
+@pytest.mark.parametrize("backend_too", [False, True])
+def test_one_tensor_for_every_layer(kernels, backend_too):
+    """The same tensor at several depths gets the sum of their gradients."""
+    phi = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
+    call = make_read("gru", lead=(6,), layers=1, d=12, r=5)
+    weights = {n: t for n, t in call.tensors.items() if not n.startswith("phi")}
+    layers = [phi, phi.detach(), phi] if backend_too else [phi, phi]
+    found = torch.autograd.grad(pyeff.ops.read_recurrence(layers, **weights).square().sum(), phi)[0]
+    expected = torch.autograd.grad(pyeff.reference.read_recurrence(layers, **weights).square().sum(), phi)[0]
+    helpers.assert_three_way("phi", found, expected, expected, call.terms("phi0"))
+
+
+@pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
+def test_recompute_changes_nothing(kernels, cell, norm):
+    call = make_read(cell, norm, lead=(37,), dtype=torch.float32)
+    grad_out = torch.randn(37, call.rank)
+    saved = helpers.gradients(call, call.tensors, grad_out, recompute=False)
+    again = helpers.gradients(call, call.tensors, grad_out, recompute=True)
+    assert torch.equal(saved["out"], again["out"])
+    for name in call.tensors:
+        slack = helpers.rounding(torch.float32, call.terms(name), saved[name].abs().max().item())
+        assert helpers.error(saved[name], again[name]) <= slack, name
+
+
+@dtypes
+@pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
+def test_steps_chain_to_the_recurrence(backend, cell, norm, dtype):
+    call = make_read(cell, norm, "last", lead=(2, 7), layers=4, dtype=dtype, state=cell != "lstm")
+    options = {n: v for n, v in call.options.items() if n != "reduce"}
+    weights = {n: t for n, t in call.tensors.items() if not n.startswith("phi") and n not in ("h0", "c0")}
+
+    def chain(step, to):
+        state = call.tensors["h0"].to(to) if "h0" in call.tensors else None
+        for phi_i in call.phi:
+            state = step(phi_i.to(to), state, **{n: t.to(to) for n, t in weights.items()}, **options)
+        return state
+
+    fused, same = chain(pyeff.ops.read_step, dtype), chain(pyeff.reference.read_step, dtype)
+    oracle = chain(pyeff.reference.read_step, torch.float64)
+    if cell == "lstm":
+        helpers.assert_three_way("c", fused[1], same[1], oracle[1], call.terms("out"))
+        fused, same, oracle = fused[0], same[0], oracle[0]
+    helpers.assert_three_way("h", fused, same, oracle, call.terms("out"))
+    whole = call.to(torch.float64)(pyeff.reference.read_recurrence)
+    helpers.assert_three_way("the chain", fused, same, whole, call.terms("out"))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_through_steps(kernels, cell):
+    """Gradients flow from step to step, through h and through c."""
+    call = make_read(cell, "rms", "last", layers=3, dtype=torch.float64, state=False)
+    options = {n: v for n, v in call.options.items() if n != "reduce"}
+
+    def run(step):
+        leaf = call.require_grad(call.tensors)
+        weights = {n: t for n, t in leaf.tensors.items() if not n.startswith("phi")}
+        state = None
+        for phi_i in leaf.phi:
+            state = step(phi_i, state, **weights, **options)
+        # c as well as h, so that the gradient of each arrives.
+        value = state.square().sum() if cell != "lstm" else state[0].square().sum() + state[1].sin().sum()
+        return dict(zip(call.tensors, torch.autograd.grad(value, list(leaf.tensors.values())), strict=True))
+
+    fused, truth = run(pyeff.ops.read_step), run(pyeff.reference.read_step)
+    for name in call.tensors:
+        helpers.assert_three_way(name, fused[name], truth[name], truth[name], call.terms(name))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@dtypes
+@pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
+def test_nan_stays_in_its_token(backend, cell, norm, dtype, bad):
+    """A token that is not finite spoils its own output (and gradient) and that of no other token."""
+    call = make_read(cell, norm, lead=(70,), dtype=dtype, layers=2)
+    clean = helpers.gradients(call, ["phi0", "phi1", "h0"], torch.ones(70, call.rank))
+    call.tensors["phi1"][33, 5] = bad
+    spoilt = helpers.gradients(call, ["phi0", "phi1", "h0"], torch.ones(70, call.rank))
+    others = torch.arange(70) != 33
+    for name, t in spoilt.items():
+        assert torch.equal(t[others], clean[name][others]), name
+    if math.isnan(bad):
+        assert spoilt["out"][33].isnan().all()
+
+
+@dtypes
+@pytest.mark.parametrize("cell", CELLS)
+def test_repeats_are_bitwise_equal(backend, cell, dtype):
+    call = make_read(cell, "layer", lead=(301,), dtype=dtype, d=65, r=33)
+    grad_out = torch.randn(301, call.rank)
+    first = helpers.gradients(call, call.tensors, grad_out)
+    for _ in range(3):
+        for name, t in helpers.gradients(call, call.tensors, grad_out).items():
+            assert torch.equal(t, first[name]), name
+
+
+@dtypes
+@pytest.mark.parametrize("cell", CELLS)
+def test_thread_count_changes_no_bit_of_a_token(kernels, cell, dtype):
+    """Tokens are computed one by one: neither outputs nor their own gradients depend on how they are shared out."""
+    call = make_read(cell, "layer", lead=(301,), dtype=dtype, d=65, r=33)
+    wanted = [n for n in call.tensors if n.startswith("phi") or n in ("h0", "c0")]
+    grad_out, threads, found = torch.randn(301, call.rank), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(helpers.gradients(call, wanted, grad_out))
+            check_read(call, call.tensors)
+    finally:
+        torch.set_num_threads(threads)
+    for name in found[0]:
+        assert all(torch.equal(found[0][name], other[name]) for other in found[1:]), name
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@dtypes
+def test_outlying_values(kernels, norm, offset, dtype):
+    """Hidden states of real networks have a few features that dwarf the others, and a mean far from zero."""
+    call = make_read("gru", norm, lead=(40,), d=96, r=24, dtype=dtype)
+    for phi_i in call.phi:
+        phi_i[:, 7] *= 300
+        phi_i += offset
+    check_read(call, call.tensors)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 1.0])
+def test_eps(backend, norm, eps):
+    call = make_read("gru", norm, eps=eps, dtype=torch.float32)
+    for phi_i in call.phi:
+        phi_i *= 1e-2
+    check_read(call, call.tensors)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_tokens_of_zeros(backend, norm):
+    """The norm of a zero token is zero by its eps: finite values, finite gradients."""
+    call = make_read("gru", norm, dtype=torch.float64)
+    for phi_i in call.phi:
+        phi_i[2] = 0
+    check_read(call, call.tensors)
+
+
+def saved_bytes(call: helpers.Read, recompute: bool) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that the graph holds beyond its inputs, and the tensors themselves."""
+    call = call.require_grad(n for n in call.tensors if not n.startswith("phi"))
+    inputs = {t.untyped_storage().data_ptr() for t in call.tensors.values()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in inputs:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = call(recompute=recompute)
+    kept.pop(out.untyped_storage().data_ptr(), None)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), list(kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@dtypes
+@pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
+def test_saved_for_backward(kernels, cell, norm, dtype, recompute):
+    """A token costs its states, the norm's statistics and (unless recomputed) its gates: nothing of width d."""
+    layers, r, d = 3, 32, 208
+    few, _ = saved_bytes(make_read(cell, norm, lead=(256,), layers=layers, d=d, r=r, dtype=dtype), recompute)
+    many, kept = saved_bytes(make_read(cell, norm, lead=(512,), layers=layers, d=d, r=r, dtype=dtype), recompute)
+    states = layers * r * (2 if cell == "lstm" else 1)
+    gates = 0 if recompute or cell == "rnn" else layers * 4 * r
+    statistics = {"rms": 1, "layer": 2, "none": 0}[norm] * layers
+    allowed = (states + gates) * dtype.itemsize + statistics * max(4, dtype.itemsize)
+    assert few > 0
+    assert (many - few) / 256 <= allowed
+    assert not [t.shape for t in kept if d in t.shape and t.numel() >= 512 * d]
+
+
+def test_nothing_is_saved_without_gradients(kernels):
+    call = make_read("lstm")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
+        assert not call().requires_grad
+    assert not kept
+
+
+def test_float16_is_served_by_the_reference():
+    call = make_read("gru", dtype=torch.float16)
+    with pyeff.backend("auto"):
+        assert torch.equal(call(), call(pyeff.reference.read_recurrence))
+
+
+def test_unbound_tensor_of_layers(backend):
+    """phi may be any sequence, a stacked tensor or a tuple too."""
+    call = make_read("gru")
+    weights = {n: t for n, t in call.tensors.items() if not n.startswith("phi")}
+    expected = call()
+    for phi in (tuple(call.phi), torch.stack(call.phi)):
+        assert torch.equal(pyeff.ops.read_recurrence(phi, **weights), expected)

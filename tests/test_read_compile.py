@@ -1,0 +1,205 @@
+"""READ under torch.compile and under autocast."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import pyeff
+from tests import helpers
+from tests.helpers import CELLS, check_read, make_read
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+def agree(call: helpers.Read, function) -> None:
+    """``function`` gives what the op gives, and the same gradients."""
+    grad_out = torch.randn(*call.phi[0].shape[:-1], call.rank)
+    expected = helpers.gradients(call, call.tensors, grad_out)
+    found = helpers.gradients(call, call.tensors, grad_out, function)
+    for name in expected:
+        scale = expected[name].abs().max().item()
+        assert helpers.error(found[name], expected[name]) <= helpers.rounding(
+            expected[name].dtype, call.terms(name), scale
+        ), name
+
+
+@pytest.mark.parametrize("norm", helpers.NORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_fullgraph(backend, cell, norm):
+    agree(make_read(cell, norm, dtype=torch.float32), compiled(pyeff.ops.read_recurrence))
+
+
+def test_fullgraph_with_strided_inputs_and_recomputation(backend):
+    call = make_read("lstm", "layer", lead=(3, 4), layers=6, strides=helpers.STRIDES, dtype=torch.float32)
+    agree(call, compiled(lambda *a, **k: pyeff.ops.read_recurrence(*a, recompute=True, **k)))
+
+
+def test_no_gradient_under_compile(backend):
+    call = make_read("gru", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(call(compiled(pyeff.ops.read_recurrence)), call())
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_step_under_compile(backend, cell):
+    call = make_read(cell, layers=2, dtype=torch.float32, state=False)
+    weights = {n: t for n, t in call.tensors.items() if not n.startswith("phi")}
+
+    def two_steps(first, second):
+        state = pyeff.ops.read_step(first, None, **weights, cell=cell)
+        return pyeff.ops.read_step(second, state, **weights, cell=cell)
+
+    found, expected = compiled(two_steps)(*call.phi), two_steps(*call.phi)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_new_token_count_compiles_nothing(backend, cell, training):
+    counter = CompileCounterWithBackend("aot_eager")
+    weights = make_read(cell, state=False, dtype=torch.float32).require_grad(["w_ih", "w_hh"] if training else [])
+    weights = {n: t for n, t in weights.tensors.items() if not n.startswith("phi")}
+
+    @compiled_with(counter)
+    def function(phi):
+        return pyeff.ops.read_recurrence(phi, **weights, cell=cell)
+
+    for tokens in (5, 7, 64, 33, 500):
+        phi = [torch.randn(tokens, 24) for _ in range(3)]
+        for phi_i in phi:
+            torch._dynamo.mark_dynamic(phi_i, 0)
+        out = function(phi)
+        assert torch.equal(out, pyeff.ops.read_recurrence(phi, **weights, cell=cell))
+        if training:
+            out.sum().backward()
+    assert counter.frame_count == 1
+
+
+def compiled_with(counter, **options):
+    return lambda function: torch.compile(function, backend=counter, fullgraph=True, **options)
+
+
+def test_batch_and_length_may_both_change(backend):
+    """Without a mark: the first call is taken as fixed, the second makes sizes dynamic, and that is the last time."""
+    counter = CompileCounterWithBackend("aot_eager")
+    call = make_read("gru", state=False, dtype=torch.float32)
+    weights = {n: t for n, t in call.tensors.items() if not n.startswith("phi")}
+    function = compiled_with(counter)(lambda phi: pyeff.ops.read_recurrence(phi, **weights))
+    for batch, length in ((2, 6), (3, 9), (8, 64), (5, 17), (4, 33)):
+        phi = [torch.randn(batch, length, 24) for _ in range(3)]
+        assert torch.equal(function(phi), pyeff.ops.read_recurrence(phi, **weights))
+    assert counter.frame_count <= 2
+
+
+def test_dynamic_from_the_start(backend):
+    counter = CompileCounterWithBackend("aot_eager")
+    call = make_read("lstm", state=False, dtype=torch.float32)
+    weights = {n: t for n, t in call.tensors.items() if not n.startswith("phi")}
+    function = compiled_with(counter, dynamic=True)(lambda phi: pyeff.ops.read_recurrence(phi, **weights, cell="lstm"))
+    compilations = set()
+    for tokens in (6, 9, 64, 17):
+        phi = [torch.randn(tokens, 24) for _ in range(3)]
+        assert torch.equal(function(phi), pyeff.ops.read_recurrence(phi, **weights, cell="lstm"))
+        compilations.add(counter.frame_count)
+    assert len(compilations) == 1, "a new token count was compiled again"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor(backend):
+    agree(make_read("gru", "rms", dtype=torch.float32), compiled(pyeff.ops.read_recurrence, "inductor"))
+
+
+def test_choice_of_backend_reaches_compiled_code(kernels):
+    """A function that was compiled under one backend runs another one when it is asked to."""
+    counter = CompileCounterWithBackend("eager")
+    function = compiled_with(counter)(pyeff.ops.read_recurrence)
+    call = make_read("gru", dtype=torch.float32)
+
+    def kept_by(name: str) -> int:
+        kept = []
+        with pyeff.backend(name), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
+            leaf = call.require_grad(["w_ih", "w_hh"])
+            assert leaf(function).requires_grad
+        return len(kept)
+
+    # The reference saves every intermediate of every layer; the kernels a handful of tensors.
+    first, fused, again = kept_by("reference"), kept_by(kernels), kept_by("reference")
+    assert first == again
+    assert fused < first
+
+
+def test_choice_that_cannot_serve_raises_under_compile(backend):
+    function = torch.compile(pyeff.ops.read_recurrence, backend="eager")
+    call = make_read("gru", dtype=torch.float32)
+    assert torch.equal(call(function), call())
+    with pyeff.backend("triton"), pytest.raises(Exception, match="triton"):
+        call(function)
+
+
+# ---- autocast ----
+
+
+def autocast_oracle(call: helpers.Read) -> tuple[helpers.Read, helpers.Read]:
+    """What autocast computes: the call in bfloat16, and the oracle on the same rounded numbers."""
+    rounded = call.to(torch.bfloat16)
+    return rounded, rounded.to(torch.float64)
+
+
+@pytest.mark.parametrize("phi_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast(backend, cell, how, phi_dtype):
+    """Under autocast a call in float32 is the call in bfloat16, and the gradients come back in float32."""
+    call = make_read(cell, "rms", dtype=torch.float32)
+    mixed = helpers.Read(
+        {n: t.to(phi_dtype) if n.startswith("phi") else t for n, t in call.tensors.items()}, call.options
+    )
+    function = compiled(pyeff.ops.read_recurrence) if how == "compiled" else pyeff.ops.read_recurrence
+    grad_out = torch.randn(5, call.rank).to(torch.bfloat16)
+    leaves = mixed.require_grad(mixed.tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = leaves(function)
+    assert out.dtype == torch.bfloat16
+    found = torch.autograd.grad(out, list(leaves.tensors.values()), grad_out)
+    rounded, exact = autocast_oracle(call)
+    same = helpers.gradients(rounded, call.tensors, grad_out, pyeff.reference.read_recurrence)
+    truth = helpers.gradients(exact, call.tensors, grad_out, pyeff.reference.read_recurrence)
+    helpers.assert_three_way("out", out, same["out"], truth["out"], call.terms("out"))
+    for name, grad in zip(call.tensors, found, strict=True):
+        assert grad.dtype == mixed.tensors[name].dtype
+        helpers.assert_three_way(name, grad.to(torch.bfloat16), same[name], truth[name], call.terms(name))
+
+
+def test_autocast_leaves_float64_alone(backend):
+    call = make_read("gru")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(), make_read("gru")())
+
+
+def test_autocast_step(backend):
+    call = make_read("lstm", layers=1, dtype=torch.float32)
+    weights = {n: t for n, t in call.tensors.items() if n not in ("phi0", "h0", "c0")}
+    with torch.autocast("cpu", torch.bfloat16):
+        h, c = pyeff.ops.read_step(call.phi[0], (call.tensors["h0"], call.tensors["c0"]), **weights, cell="lstm")
+    assert h.dtype == c.dtype == torch.bfloat16
+    check_read(call.to(torch.bfloat16))
+
+
+def test_autocast_disabled_inside(backend):
+    call = make_read("gru", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert call().dtype == torch.float32

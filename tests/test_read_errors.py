@@ -1,0 +1,280 @@
+"""Bad calls of READ: an error that names the argument, what came and what was expected; never a crash."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+import pyeff
+from tests import helpers
+from tests.helpers import make_read, says
+
+
+def put(name, change):
+    """A mutation that changes one tensor of the call (or gives one that was absent)."""
+
+    def mutate(call):
+        call.tensors[name] = change(call.tensors.get(name))
+
+    return mutate
+
+
+def drop(*names):
+    def mutate(call):
+        for name in names:
+            call.tensors.pop(name, None)
+
+    return mutate
+
+
+def option(**options):
+    return lambda call: call.options.update(options)
+
+
+def each(*mutations):
+    def mutate(call):
+        for m in mutations:
+            m(call)
+
+    return mutate
+
+
+# The valid call: gru, rms, phi [5, 24] of 3 layers, r = 10. Case: what is changed, then what the message must say in
+# this order: the argument, what came, what was expected.
+CASES = {
+    "cell unknown": (option(cell="sru"), "cell", "'sru'", "expected", "'rnn', 'gru', 'lstm'"),
+    "cell of another case": (option(cell="GRU"), "cell", "'GRU'", "expected"),
+    "norm unknown": (option(norm="batch"), "norm", "'batch'", "expected", "'rms', 'layer', 'none'"),
+    "reduce unknown": (option(reduce="sum"), "reduce", "'sum'", "expected", "'mean', 'last'"),
+    "eps negative": (option(eps=-1e-6), "eps", "-1e-06", "expected"),
+    "eps nan": (option(eps=math.nan), "eps", "nan", "expected"),
+    "eps infinite": (option(eps=math.inf), "eps", "inf", "expected"),
+    "eps of another type": (option(eps="small"), "float", "eps", "str"),
+    "phi narrower than w_ih": (
+        each(*(put(f"phi{i}", lambda t: t[:, :20]) for i in range(3)), drop("norm_weight")),
+        "w_ih", "[30, 24]", "expected", "[30, 20]",
+    ),
+    "one phi narrower": (put("phi1", lambda t: t[:, :20]), "phi[1]", "[5, 20]", "expected", "[5, 24]"),
+    "one phi with fewer tokens": (put("phi2", lambda t: t[:4]), "phi[2]", "[4, 24]", "expected", "[5, 24]"),
+    "one phi with another rank": (put("phi1", lambda t: t[None]), "phi[1]", "[1, 5, 24]", "expected", "[5, 24]"),
+    "phi of no width": (put("phi0", lambda t: t[:, :0]), "phi[0]", "[5, 0]", "expected", "[*, d]"),
+    "phi a scalar": (put("phi0", lambda t: t[0, 0]), "phi[0]", "[]", "expected", "[*, d]"),
+    "one phi of another dtype": (put("phi1", lambda t: t.float()), "phi[1]", "float32", "expected", "float64"),
+    "one phi of integers": (put("phi1", lambda t: t.long()), "phi[1]", "int64", "expected", "float64"),
+    "one phi on another device": (put("phi1", lambda t: t.to("meta")), "phi[1]", "meta", "expected", "cpu"),
+    "one phi sparse": (put("phi1", lambda t: t.to_sparse()), "phi[1]", "sparse_coo", "expected", "strided"),
+    "w_ih of one gate": (put("w_ih", lambda t: t[:10]), "w_ih", "[10, 24]", "expected", "[30, 24]"),
+    "w_ih transposed": (put("w_ih", lambda t: t.T), "w_ih", "[24, 30]", "expected", "[30, 24]"),
+    "w_ih a vector": (put("w_ih", lambda t: t[0]), "w_ih", "[24]", "expected", "[30, 24]"),
+    "w_ih of another dtype": (put("w_ih", lambda t: t.float()), "float64", "expected", "float32"),
+    "w_ih of integers": (put("w_ih", lambda t: t.int()), "w_ih", "int32", "expected", "float32"),
+    "w_ih complex": (put("w_ih", lambda t: t.to(torch.complex64)), "w_ih", "complex64", "expected", "float32"),
+    "w_ih sparse": (put("w_ih", lambda t: t.to_sparse()), "w_ih", "sparse_coo", "expected", "strided"),
+    "w_hh of the gru for another cell": (option(cell="lstm"), "w_hh", "[30, 10]", "expected", "[4 r, r]", "'lstm'"),
+    "w_hh not square in its gates": (put("w_hh", lambda t: t[:, :9]), "w_hh", "[30, 9]", "expected", "[3 r, r]"),
+    "w_hh empty": (put("w_hh", lambda t: t[:0, :0]), "w_hh", "[0, 0]", "expected", "[3 r, r]"),
+    "w_hh a vector": (put("w_hh", lambda t: t[0]), "w_hh", "[10]", "expected", "[3 r, r]"),
+    "w_hh of another dtype": (put("w_hh", lambda t: t.bfloat16()), "w_hh", "bfloat16", "expected", "float64"),
+    "w_hh on another device": (put("w_hh", lambda t: t.to("meta")), "w_hh", "meta", "expected", "cpu"),
+    "b_ih too short": (put("b_ih", lambda t: t[:29]), "b_ih", "[29]", "expected", "[30]"),
+    "b_ih of two dimensions": (put("b_ih", lambda t: t[None]), "b_ih", "[1, 30]", "expected", "[30]"),
+    "b_hh too long": (put("b_hh", lambda t: t.repeat(2)), "b_hh", "[60]", "expected", "[30]"),
+    "b_hh of another dtype": (put("b_hh", lambda t: t.half()), "b_hh", "float16", "expected", "float64"),
+    "norm_weight too short": (put("norm_weight", lambda t: t[:1]), "norm_weight", "[1]", "expected", "[24]"),
+    "norm_weight without a norm": (option(norm="none"), "norm_weight", "norm='none'", "expected None"),
+    "norm_weight of another dtype": (put("norm_weight", lambda t: t.float()), "norm_weight", "float32", "expected"),
+    "norm_bias with the rms norm": (put("norm_bias", lambda _: torch.zeros(24).double()), "norm_bias", "'rms'", "None"),
+    "norm_bias too long": (
+        each(option(norm="layer"), put("norm_bias", lambda _: torch.zeros(25).double())),
+        "norm_bias", "[25]", "expected", "[24]",
+    ),
+    "h0 of one token": (put("h0", lambda t: t[:1]), "h0", "[1, 10]", "expected", "[5, 10]"),
+    "h0 too narrow": (put("h0", lambda t: t[:, :9]), "h0", "[5, 9]", "expected", "[5, 10]"),
+    "h0 of another dtype": (put("h0", lambda t: t.float()), "h0", "float32", "expected", "float64"),
+    "h0 a number": (put("h0", lambda _: 0.0), "Tensor", "h0", "float"),
+    "c0 without lstm": (put("c0", lambda _: torch.zeros(5, 10).double()), "c0", "'gru'", "expected None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_calls_name_the_argument(backend, case):
+    mutate, *parts = CASES[case]
+    call = make_read("gru", "rms")
+    assert torch.isfinite(call()).all()
+    mutate(call)
+    with pytest.raises((ValueError, RuntimeError), match=says(*parts)):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda c: c[:4], ("c0", "[4, 10]", "expected", "[5, 10]")),
+        (lambda c: c.float(), ("c0", "float32", "expected", "float64")),
+    ],
+)
+def test_bad_cell_state(backend, change, parts):
+    call = make_read("lstm")
+    call.tensors["c0"] = change(call.tensors["c0"])
+    with pytest.raises(ValueError, match=says(*parts)):
+        call()
+
+
+@pytest.mark.parametrize("phi", [None, 3, object()])
+def test_phi_that_is_no_sequence(phi):
+    call = make_read("gru")
+    with pytest.raises(ValueError, match=says("phi", type(phi).__name__, "expected")):
+        pyeff.ops.read_recurrence(phi, call.tensors["w_ih"], call.tensors["w_hh"])
+
+
+def test_no_layers():
+    call = make_read("gru")
+    with pytest.raises(ValueError, match=says("phi", "empty", "expected")):
+        pyeff.ops.read_recurrence([], call.tensors["w_ih"], call.tensors["w_hh"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "state", "parts"),
+    [
+        ("lstm", "h", ("state", "one tensor", "expected (h, c)")),
+        ("gru", "hc", ("state", "tuple of Tensor, Tensor", "expected", "one tensor")),
+        ("lstm", "hhh", ("state", "tuple of Tensor, Tensor, Tensor", "expected", "(h, c)")),
+        ("lstm", 3, ("state", "int", "expected", "(h, c)")),
+        ("gru", 3, ("state", "int", "expected", "one tensor")),
+        ("gru", "short", ("state", "[4, 10]", "expected", "[5, 10]")),
+        ("lstm", "short c", ("state", "[4, 10]", "expected", "[5, 10]")),
+        ("gru", "float32", ("state", "float32", "expected", "float64")),
+    ],
+)
+def test_bad_step_state(backend, cell, state, parts):
+    call = make_read(cell, layers=1, state=False)
+    h = torch.zeros(5, 10, dtype=torch.float64)
+    made = {"h": h, "hc": (h, h), "hhh": (h, h, h), "short": h[:4], "short c": (h, h[:4]), "float32": h.float()}
+    weights = {n: t for n, t in call.tensors.items() if n != "phi0"}
+    with pytest.raises(ValueError, match=says("read_step", *parts)):
+        pyeff.ops.read_step(call.phi[0], made.get(state, state), **weights, cell=cell)
+
+
+def test_step_names_its_own_arguments(backend):
+    call = make_read("gru", layers=1, state=False)
+    weights = {n: t for n, t in call.tensors.items() if n != "phi0"}
+    with pytest.raises(ValueError, match=says("read_step", "phi_i", "float32", "expected", "float64")):
+        pyeff.ops.read_step(call.phi[0].float(), None, **weights)
+    with pytest.raises(ValueError, match=says("read_step", "phi_i", "[]", "expected")):
+        pyeff.ops.read_step(call.phi[0][0, 0], None, **weights)
+
+
+def test_mixed_precision_without_autocast_raises(backend):
+    """float32 beside float64, or bfloat16 beside float32, is a mistake unless autocast was asked for."""
+    for low, high in ((torch.float32, torch.float64), (torch.bfloat16, torch.float32)):
+        weights = {n: t for n, t in make_read("gru", dtype=low).tensors.items() if not n.startswith("phi")}
+        with pytest.raises(ValueError, match=says("phi[0]", high, "expected", low)):
+            pyeff.ops.read_recurrence(make_read("gru", dtype=high).phi, **weights)
+
+
+def test_shapes_are_inferred_on_the_meta_device(recwarn):
+    call = make_read("lstm", "layer", lead=(2, 3)).map(lambda t: t.to("meta"))
+    out = call()
+    assert out.device.type == "meta"
+    assert out.shape == (2, 3, 10)
+
+
+# ---- fuzz ----
+
+TENSOR_CHANGES = {
+    "float32": lambda t: t.to(torch.float32),
+    "bfloat16": lambda t: t.to(torch.bfloat16),
+    "float16": lambda t: t.to(torch.float16),
+    "int64": lambda t: t.to(torch.int64),
+    "bool": lambda t: t.to(torch.bool),
+    "complex128": lambda t: t.to(torch.complex128),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse() if t.dim() else t,
+    "transposed": lambda t: t.mT if t.dim() > 1 else t,
+    "shorter": lambda t: t[:-1] if t.dim() else t,
+    "narrower": lambda t: t[..., :-1] if t.dim() else t,
+    "longer": lambda t: torch.cat([t, t]) if t.dim() else t,
+    "unsqueezed": lambda t: t[None],
+    "flattened": lambda t: t.reshape(-1),
+    "empty": lambda t: t[:0] if t.dim() else t,
+    "no width": lambda t: t[..., :0] if t.dim() else t,
+    "scalar": lambda t: t.sum(),
+    "expanded": lambda t: t[:1].expand(t.shape) if t.dim() else t,
+    "every second": lambda t: torch.stack([t, t * math.nan], -1).flatten(-2)[..., ::2] if t.dim() else t,
+    "negated view": lambda t: torch._neg_view(t),
+    "conjugate": lambda t: t.conj(),
+    "parameter": lambda t: torch.nn.Parameter(t),
+    "None": lambda t: None,
+    "number": lambda t: 1.5,
+    "list": lambda t: t.tolist(),
+    "numpy": lambda t: t.numpy(),
+}
+OPTION_VALUES = {
+    "cell": ["rnn", "gru", "lstm", "", "Gru", None, 1],
+    "norm": ["rms", "layer", "none", "", None],
+    "reduce": ["mean", "last", "max", None],
+    "eps": [0.0, 1e-6, -1.0, math.inf, math.nan, 0, 10**30, "1e-6", None],
+    "recompute": [True, False, 0, "yes", None],
+}
+
+
+@st.composite
+def mutations(draw):
+    call = make_read(
+        draw(st.sampled_from(helpers.CELLS)), draw(st.sampled_from(helpers.NORMS)),
+        draw(st.sampled_from(helpers.REDUCTIONS)), lead=draw(st.sampled_from([(), (1,), (4,), (2, 3)])), d=6, r=4,
+        layers=draw(st.integers(1, 3)), bias=draw(st.booleans()), state=draw(st.booleans()),
+    )  # fmt: skip
+    done = []
+    for _ in range(draw(st.integers(1, 2))):
+        if draw(st.integers(0, 3)):
+            name = draw(st.sampled_from(sorted(call.tensors)))
+            change = draw(st.sampled_from(sorted(TENSOR_CHANGES)))
+            if isinstance(call.tensors[name], torch.Tensor):
+                try:
+                    call.tensors[name] = TENSOR_CHANGES[change](call.tensors[name])
+                except (RuntimeError, TypeError, IndexError):
+                    continue  # the change itself is impossible for what an earlier one left
+                done.append((name, change))
+        else:
+            name = draw(st.sampled_from(sorted(OPTION_VALUES)))
+            call.options[name] = draw(st.sampled_from(OPTION_VALUES[name]))
+            done.append((name, call.options[name]))
+    return call, done
+
+
+@given(mutated=mutations(), training=st.booleans())
+def test_fuzz(backend, mutated, training):
+    """A call with one or two arguments changed at random raises, or gives what the reference gives."""
+    call, done = mutated
+    recompute = call.options.pop("recompute", False)
+    if training:
+        call.tensors = {
+            n: t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+            for n, t in call.tensors.items()
+        }
+    try:
+        out = call(recompute=recompute)
+    except (ValueError, RuntimeError, TypeError) as error:
+        hypothesis.note(f"{done}: {error}")
+        return
+    # It passed the checks, so it is a valid call, and the reference knows the answer.
+    assert all(t is None or isinstance(t, torch.Tensor) for t in call.tensors.values()), done
+    expected = call(pyeff.reference.read_recurrence)
+    assert out.shape == expected.shape, done
+    assert out.dtype == expected.dtype == call.tensors["w_ih"].dtype, done
+    assert out.device == expected.device, done
+    if out.device.type != "meta":
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        slack = 2 * helpers.rounding(out.dtype, call.terms("out"), scale)
+        assert helpers.error(out.detach(), expected.detach()) <= slack, done
+        if training:
+            out.sum().backward()
+            for name, t in call.tensors.items():
+                assert t is None or t.grad is None or t.grad.shape == t.shape, (name, done)
