@@ -4,19 +4,9 @@
 #include "check.h"
 #include "cpu/roofline.h"
 #include "dev/threads.h"
+#include "usable.h"
 
 using pyeff::dev::Threads;
-
-namespace {
-
-template <class F>
-void for_each_usable_isa(F&& body) {
-  for (int isa = 0; isa < pyeff::kIsaCount; ++isa) {
-    if (pyeff::isa_built() & pyeff::isa_detected() & (1u << isa)) body(isa);
-  }
-}
-
-}  // namespace
 
 TEST(threads_cover_the_range_once) {
   for (int threads : {1, 2, 3, 8}) {
