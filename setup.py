@@ -85,7 +85,7 @@ def main() -> None:
         line = "!" * 100
         print(
             f"{line}\npyeff: INSTALLING WITHOUT THE NATIVE LIBRARY: {reason}.\n"
-            f"pyeff: every operation works, by its reference in PyTorch, without the fast CPU and CUDA kernels.\n{line}",
+            f"pyeff: every operation works, by its reference in PyTorch, without the fast kernels.\n{line}",
             file=sys.stderr,
             flush=True,
         )

@@ -43,7 +43,7 @@ target_compile_definitions(pyeff_cuda PRIVATE "PYEFF_CUDA_ARCHS=\"${PYEFF_CUDA_A
 target_compile_options(pyeff_cuda PRIVATE -O3 -Xptxas=-v --expt-relaxed-constexpr)
 set_target_properties(pyeff_cuda PROPERTIES JOB_POOL_COMPILE nvcc)
 # Registers and spills of each kernel, as ptxas reports them, in <object>.log.
-set_property(TARGET pyeff_cuda PROPERTY RULE_LAUNCH_COMPILE "${CMAKE_SOURCE_DIR}/cmake/keep_output.sh <OBJECT>")
+set_property(TARGET pyeff_cuda PROPERTY RULE_LAUNCH_COMPILE "sh ${CMAKE_SOURCE_DIR}/cmake/keep_output.sh <OBJECT>")
 
 target_sources(pyeff_C PRIVATE $<TARGET_OBJECTS:pyeff_cuda>)
 target_compile_definitions(pyeff_C PRIVATE PYEFF_CUDA)

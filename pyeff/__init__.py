@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 from pyeff._version import __version__
-from pyeff.backends import backend, info
 
 if TYPE_CHECKING:
-    from pyeff import nn, ops, recipes, reference
+    from pyeff import nn, ops, recipes, reference  # noqa: F401
+    from pyeff.backends import backend, info
 
-# Submodules load on first use, so that importing pyeff costs little more than importing torch.
+# All but the version loads on first use, torch included: ``pyeff --help`` answers at once.
 _SUBMODULES = ("nn", "ops", "recipes", "reference")
 
 __all__ = ["__version__", "backend", "info", *_SUBMODULES]
@@ -25,6 +25,8 @@ __all__ = ["__version__", "backend", "info", *_SUBMODULES]
 def __getattr__(name: str):
     if name in _SUBMODULES:
         return importlib.import_module(f"pyeff.{name}")
+    if name in ("backend", "info"):
+        return getattr(importlib.import_module("pyeff.backends"), name)
     raise AttributeError(f"module 'pyeff' has no attribute {name!r}")
 
 

@@ -112,7 +112,7 @@ def support(op: str, name: str) -> Support:
     if name == "reference":
         return Support(True)
     if name not in served:
-        return Support(False, f"{op} has no {name} kernel in this release")
+        return Support(False, f"no {name} kernel in this release")
     if DEVICE[name] == "cuda" and not torch.cuda.is_available():
         return Support(False, "torch sees no CUDA device")
     reason = load_library() if name != "triton" else ""

@@ -93,24 +93,24 @@ PYEFF_INLINE void pack_columns_kn(typename Operand<T>::Element* panel, int64_t w
   }
 }
 
-// A left panel of `count` <= MR columns of a row-major [k, m] matrix: panel[p][i] = source[p][i]; zero past count.
-template <class T, int MR>
-void pack_left_kn(typename Operand<T>::Element* panel, const T* source, int64_t row_stride, int64_t count, int64_t k) {
+// A left panel of `count` <= MR columns of a matrix given by its rows, k of them: panel[p][i] = row(p)[i]; zero past count.
+template <class T, int MR, class Row>
+PYEFF_INLINE void pack_left_kn(typename Operand<T>::Element* panel, const Row& row, int64_t count, int64_t k) {
   using Op = Operand<T>;
   using Element = typename Op::Element;
   const int64_t total = steps<Op>(k);
   for (int64_t p = 0; p < total; ++p, panel += MR) {
-    const T* row = source + Op::kPack * p * row_stride;
+    const auto* first = row(Op::kPack * p);
     if constexpr (Op::kPack == 1) {
       if (count == MR) {
-        for (int i = 0; i < MR; ++i) panel[i] = Element(widen(row[i]));
+        for (int i = 0; i < MR; ++i) panel[i] = Element(widen(first[i]));
       } else {
-        for (int i = 0; i < MR; ++i) panel[i] = i < count ? Element(widen(row[i])) : Element(0);
+        for (int i = 0; i < MR; ++i) panel[i] = i < count ? Element(widen(first[i])) : Element(0);
       }
     } else {
-      const T* next = 2 * p + 1 < k ? row + row_stride : nullptr;
+      const T* second = 2 * p + 1 < k ? row(2 * p + 1) : nullptr;
       for (int i = 0; i < MR; ++i)
-        panel[i] = i < count ? pair_bits(row[i], next ? next[i] : T{}) : Element(0);
+        panel[i] = i < count ? pair_bits(first[i], second ? second[i] : T{}) : Element(0);
     }
   }
 }

@@ -1,4 +1,5 @@
 #include "read_backward.h"
+#include "read_small.h"
 
 namespace pyeff {
 namespace PYEFF_ISA {
@@ -28,11 +29,17 @@ bool with_types(const ReadProblem& p, const Out& out, const Parallel& parallel, 
   }
 }
 
+// Up to here the weights are read in place (measured: the paths cross between 16 and 32 tokens on two cores).
+constexpr int64_t kSmallTokens = 16;
+
 }  // namespace
 
 bool read_forward(const ReadProblem& p, const ReadForward& out, const Parallel& parallel) {
-  return with_types(p, out, parallel, [](auto number, auto cell, const auto&... rest) {
-    return run_read_forward<decltype(number), decltype(cell)>(rest...);
+  const bool few = p.tokens <= kSmallTokens;
+  return with_types(p, out, parallel, [few](auto number, auto cell, const auto&... rest) {
+    using T = decltype(number);
+    using CellT = decltype(cell);
+    return few ? run_read_small<T, CellT>(rest...) : run_read_forward<T, CellT>(rest...);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "number.h"
 #include "parallel.h"
 
 namespace pyeff {
@@ -11,7 +12,6 @@ namespace pyeff {
 enum class Cell : int { rnn, gru, lstm };
 enum class Norm : int { rms, layer, none };
 enum class Reduce : int { mean, last };
-enum class Number : int { f64, f32, bf16 };
 
 
 // The rows of one layer output [*, d]: row n starts where the mixed-radix digits of n over `size` point.

@@ -61,11 +61,6 @@ bool run_read_backward(const ReadProblem& p, const ReadBackward& out, const Para
   for_each_task(parallel, s.rank_panels + (with_dphi ? s.width_panels : 0),
                 [&](int64_t panel) { shared.reverse.pack(p, s, panel); });
   if (recompute) for_each_task(parallel, s.panels, [&](int64_t panel) { shared.forward.pack(p, s, panel); });
-  for_each_task(parallel, threads, [&](int64_t i) {
-    const int64_t begin = sums_size * i / threads, end = sums_size * (i + 1) / threads;
-    __builtin_memset(shared.sums + begin, 0, size_t(end - begin) * sizeof(C));
-  });
-
   const Outer outer{p, out, s, shared.da, shared.sums, shared.bias_total, row_panels, x_panels, h_panels};
   for (int64_t chunk_first = 0; chunk_first < s.tokens; chunk_first += chunk) {
     const int64_t tokens = smaller(chunk, s.tokens - chunk_first);

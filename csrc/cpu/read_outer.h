@@ -27,6 +27,7 @@ struct ReadOuter {
   static constexpr int64_t kUnit = kReadUnit<Op>;
   static constexpr int kGroup = 6;   // column panels that are packed together and stay in the second-level cache
   static constexpr int kTile = kRows * kColumns;
+  static constexpr int64_t kPanel = kColumns * (kUnit / Op::kPack);
 
   const ReadProblem& p;
   const ReadBackward& out;
@@ -42,69 +43,103 @@ struct ReadOuter {
   // Scratch of one thread.
   struct Workspace {
     Element *right, *left;
+    const D** left_rows;    // [kUnit], as are the others: what belongs to each step of K
+    const T** right_rows;
     C *mean, *rstd;
+
     void place(Arena& arena) {
-      right = arena.take<Element>(kGroup * kColumns * (kUnit / Op::kPack));
+      right = arena.take<Element>(kGroup * kPanel);
       left = arena.take<Element>(kRows * (kUnit / Op::kPack));
+      left_rows = arena.take<const D*>(kUnit);
+      right_rows = arena.take<const T*>(kUnit);
+      mean = arena.take<C>(kUnit);
+      rstd = arena.take<C>(kUnit);
     }
   };
 
-  // Adds the tokens [first, first + count), at most a unit, of all layers to the column panels [begin, end).
+  // Adds the tokens [first, first + count), at most a unit, of all layers to the column panels [begin, end). Where the
+  // tokens are few, one run along K takes several layers, so that the sums are not read and written for each.
   void accumulate(const Workspace& w, int64_t chunk_first, int64_t chunk, int64_t first, int64_t count, int64_t begin,
                   int64_t end) const {
-    for (int64_t layer = 0; layer < s.layers; ++layer)
-      for (int64_t panel = begin; panel < end;) {
-        const bool from_x = panel < x_panels;
-        const int64_t stop = smaller(panel + kGroup, from_x ? smaller(end, x_panels) : end);
-        const D* rows = da + (layer * chunk + first - chunk_first) * s.da_stride;
-        if (from_x ? wants_x() : out.dw_hh && (layer > 0 || p.h0)) {
-          for (int64_t i = panel; i < stop; ++i)
-            pack_right(w.right + (i - panel) * kColumns * (kUnit / Op::kPack), layer, first, count, i);
-          multiply(w, rows + (from_x ? 0 : Seg::kFirstH * s.rank_pad), count, panel, stop);
-        }
-        panel = stop;
+    for (int pass = 0; pass < 2; ++pass) {
+      const bool from_x = pass == 0;
+      const int64_t together = from_x && !equal_inner_strides() ? 1 : larger(1, kUnit / count);
+      const int64_t from = from_x ? begin : larger(begin, x_panels), to = from_x ? smaller(end, x_panels) : end;
+      if (from >= to || (from_x && !wants_x())) continue;
+      const int64_t start = from_x ? 0 : first_state_layer();
+      for (int64_t layer = start; layer < s.layers; layer += together) {
+        const int64_t stop = smaller(layer + together, s.layers);
+        gather(w, from_x, layer, stop, chunk_first, chunk, first, count);
+        const bool fresh = first == 0 && layer == start;
+        for (int64_t panel = from; panel < to; panel += kGroup)
+          run(w, from_x, p.phi[layer].inner, (stop - layer) * count, panel, smaller(panel + kGroup, to), fresh);
       }
-  }
-
-  void pack_right(Element* right, int64_t layer, int64_t first, int64_t count, int64_t panel) const {
-    const bool from_x = panel < x_panels;
-    const int64_t columns = from_x ? s.width : s.rank, column = (from_x ? panel : panel - x_panels) * kColumns;
-    const ReadRows& phi = p.phi[layer];
-    const C* stats = static_cast<const C*>(out.stats) + layer * s.tokens + first;
-    const bool normed = from_x && p.norm != Norm::none;
-    const C* mean = normed && p.norm == Norm::layer ? stats + s.layers * s.tokens : nullptr;
-    const T* states = layer > 0 ? static_cast<const T*>(out.h) + (layer - 1) * s.tokens * s.rank
-                                : static_cast<const T*>(p.h0);
-    for (int v = 0; v < Shape::kVectors; ++v) {
-      const int64_t at = column + v * kUnits;
-      if (at >= columns) break;  // these lanes' sums are never read
-      if (from_x)
-        pack_columns_kn<T, T>(
-            right + v * kUnits, kColumns,
-            [&](int64_t k) { return static_cast<const T*>(phi.data) + row_offset(phi, first + k) + at * phi.inner; },
-            phi.inner, columns - at, count, mean, normed ? stats : nullptr);
-      else
-        pack_columns_kn<T, T>(
-            right + v * kUnits, kColumns, [&](int64_t k) { return states + (first + k) * s.rank + at; }, 1,
-            columns - at, count, nullptr, nullptr);
     }
   }
 
-  void multiply(const Workspace& w, const D* rows, int64_t count, int64_t begin, int64_t end) const {
+  bool equal_inner_strides() const {
+    for (int64_t layer = 1; layer < s.layers; ++layer)
+      if (p.phi[layer].inner != p.phi[0].inner) return false;
+    return true;
+  }
+
+  // The first layer whose previous state is not zero.
+  int64_t first_state_layer() const { return p.h0 ? 0 : 1; }
+
+  void gather(const Workspace& w, bool from_x, int64_t begin, int64_t end, int64_t chunk_first, int64_t chunk,
+              int64_t first, int64_t count) const {
+    int64_t k = 0;
+    for (int64_t layer = begin; layer < end; ++layer) {
+      const D* left = da + (layer * chunk + first - chunk_first) * s.da_stride + (from_x ? 0 : Seg::kFirstH * s.rank_pad);
+      const ReadRows& phi = p.phi[layer];
+      const T* states = layer > 0 ? static_cast<const T*>(out.h) + (layer - 1) * s.tokens * s.rank
+                                  : static_cast<const T*>(p.h0);
+      const C* stats = static_cast<const C*>(out.stats);
+      for (int64_t n = 0; n < count; ++n, ++k) {
+        w.left_rows[k] = left + n * s.da_stride;
+        w.right_rows[k] = from_x ? static_cast<const T*>(phi.data) + row_offset(phi, first + n)
+                                 : states + (first + n) * s.rank;
+        if (p.norm == Norm::none) continue;
+        w.rstd[k] = stats[layer * s.tokens + first + n];
+        if (p.norm == Norm::layer) w.mean[k] = stats[(s.layers + layer) * s.tokens + first + n];
+      }
+    }
+  }
+
+  // One run of k steps over the panels [begin, end), at most kGroup.
+  void run(const Workspace& w, bool from_x, int64_t phi_inner, int64_t k, int64_t begin, int64_t end, bool fresh) const {
+    for (int64_t panel = begin; panel < end; ++panel)
+      pack_right(w, from_x, from_x ? phi_inner : 1, k, panel, w.right + (panel - begin) * kPanel);
     for (int64_t row = 0; row < row_panels; ++row) {
       const int64_t left_columns = smaller(kRows, Seg::kEach * s.rank_pad - row * kRows);
-      pack_left_kn<D, kRows>(w.left, rows + row * kRows, s.da_stride, left_columns, count);
+      pack_left_kn<T, kRows>(w.left, [&](int64_t i) { return w.left_rows[i] + row * kRows; }, left_columns, k);
       for (int64_t panel = begin; panel < end; ++panel) {
         C* tile_sums = sums + (panel * row_panels + row) * kTile;
         Tile<Op, kRows, Shape::kVectors> tile;
-        __builtin_memcpy(tile.acc, tile_sums, sizeof tile.acc);
-        // The next tile of sums comes from the third-level cache while this one is computed.
-        const char* next = reinterpret_cast<const char*>(panel + 1 < end ? tile_sums + row_panels * kTile : tile_sums + kTile);
-        for (int64_t byte = 0; byte < int64_t(sizeof tile.acc); byte += 64) __builtin_prefetch(next + byte);
-        tile.multiply(LeftPanel<Element, kRows>{w.left}, w.right + (panel - begin) * kColumns * (kUnit / Op::kPack),
-                      steps<Op>(count));
+        if (fresh) {
+          tile.zero();
+        } else {
+          __builtin_memcpy(tile.acc, tile_sums, sizeof tile.acc);
+          // The next tile of sums comes from the third-level cache while this one is computed.
+          const C* next = panel + 1 < end ? tile_sums + row_panels * kTile : sums + (begin * row_panels + row + 1) * kTile;
+          for (int64_t i = 0; i < kTile; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(next + i);
+        }
+        tile.multiply(LeftPanel<Element, kRows>{w.left}, w.right + (panel - begin) * kPanel, steps<Op>(k));
         __builtin_memcpy(tile_sums, tile.acc, sizeof tile.acc);
       }
+    }
+  }
+
+  void pack_right(const Workspace& w, bool from_x, int64_t inner, int64_t k, int64_t panel, Element* right) const {
+    const int64_t columns = from_x ? s.width : s.rank, column = (from_x ? panel : panel - x_panels) * kColumns;
+    const C* mean = from_x && p.norm == Norm::layer ? w.mean : nullptr;
+    const C* rstd = from_x && p.norm != Norm::none ? w.rstd : nullptr;
+    for (int v = 0; v < Shape::kVectors; ++v) {
+      const int64_t at = column + v * kUnits;
+      if (at >= columns) break;  // these lanes' sums are never read
+      pack_columns_kn<T, T>(
+          right + v * kUnits, kColumns, [&](int64_t i) { return w.right_rows[i] + at * inner; }, inner, columns - at, k,
+          mean, rstd);
     }
   }
 
@@ -121,39 +156,46 @@ struct ReadOuter {
   }
 
   void finish_x(int64_t panel) const {
+    constexpr int vectors = Shape::kVectors;
     const T* w_ih = static_cast<const T*>(p.w_ih);
     const T* gamma = static_cast<const T*>(p.norm_weight);
     const T* beta = static_cast<const T*>(p.norm_bias);
-    for (int v = 0; v < Shape::kVectors; ++v) {
-      const int64_t column = panel * kColumns + v * kUnits, left = s.width - column;
-      if (left <= 0) return;
-      const V scale = gamma ? load_first(gamma + column, left) : splat<V>(C(1));
-      const V shift = beta ? load_first(beta + column, left) : V{};
-      V dgamma = {}, dbeta = {};
-      for (int segment = 0; segment < Seg::kEach; ++segment)
-        for (int64_t unit = 0; unit < s.rank; ++unit) {
-          const int64_t m = segment * s.rank_pad + unit, row = Seg::gate_x(segment) * s.rank + unit;
-          const V sum = load(sums_row(panel, m) + v * kUnits);
-          const V weight = load_first(w_ih + row * s.width + column, left);
-          if (out.dw_ih)
-            store_first(static_cast<T*>(out.dw_ih) + row * s.width + column, sum * scale + shift * bias_total[m], left);
-          dgamma += weight * sum;
-          dbeta += weight * bias_total[m];
+    const int64_t column = panel * kColumns, left = s.width - column;
+    V dgamma[vectors] = {}, dbeta[vectors] = {};
+    for (int segment = 0; segment < Seg::kEach; ++segment)
+      for (int64_t unit = 0; unit < s.rank; ++unit) {
+        const int64_t m = segment * s.rank_pad + unit, at = (Seg::gate_x(segment) * s.rank + unit) * s.width + column;
+        const C db = bias_total[m];
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t i = v * kUnits;
+          if (i >= left) break;
+          const V sum = wants_x() ? load(sums_row(panel, m) + i) : V{};
+          const V weight = load_first(w_ih + at + i, left - i);
+          dgamma[v] += weight * sum;
+          dbeta[v] += weight * db;
+          if (!out.dw_ih) continue;
+          V dw = gamma ? sum * load_first(gamma + column + i, left - i) : sum;
+          if (beta) dw += load_first(beta + column + i, left - i) * db;
+          store_first(static_cast<T*>(out.dw_ih) + at + i, dw, left - i);
         }
-      if (out.dnorm_weight) store_first(static_cast<T*>(out.dnorm_weight) + column, dgamma, left);
-      if (out.dnorm_bias) store_first(static_cast<T*>(out.dnorm_bias) + column, dbeta, left);
+      }
+    for (int v = 0; v < vectors && v * kUnits < left; ++v) {
+      const int64_t i = column + v * kUnits;
+      if (out.dnorm_weight) store_first(static_cast<T*>(out.dnorm_weight) + i, dgamma[v], s.width - i);
+      if (out.dnorm_bias) store_first(static_cast<T*>(out.dnorm_bias) + i, dbeta[v], s.width - i);
     }
   }
 
   void finish_h(int64_t panel) const {
+    const bool any = first_state_layer() < s.layers;
     for (int v = 0; v < Shape::kVectors; ++v) {
       const int64_t column = panel * kColumns + v * kUnits, left = s.rank - column;
       if (left <= 0) return;
       for (int segment = 0; segment < Seg::kEach; ++segment)
         for (int64_t unit = 0; unit < s.rank; ++unit) {
           const int64_t row = Seg::gate_h(segment) * s.rank + unit;
-          store_first(static_cast<T*>(out.dw_hh) + row * s.rank + column,
-                      load(sums_row(x_panels + panel, segment * s.rank_pad + unit) + v * kUnits), left);
+          const C* sum = sums_row(x_panels + panel, segment * s.rank_pad + unit) + v * kUnits;
+          store_first(static_cast<T*>(out.dw_hh) + row * s.rank + column, any ? load(sum) : V{}, left);
         }
     }
   }

@@ -1,16 +1,12 @@
 // READ's weights in the order in which its tiles read them, and its input rows with their statistics.
 #pragma once
 
-#include "arena.h"
-#include "pack.h"
+#include "gemm.h"
 #include "read_cells.h"
 
 namespace pyeff {
 namespace PYEFF_ISA {
 
-PYEFF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-PYEFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-PYEFF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Where row `row` of a layer output starts.
 PYEFF_INLINE int64_t row_offset(const ReadRows& rows, int64_t row) {

@@ -151,14 +151,26 @@ PYEFF_INLINE void store_first(T* p, Vec<Compute<T>> v, int64_t count) {
   for (int l = 0; l < count; ++l) p[l] = padded[l];
 }
 
+// Halves added to halves: one order of rounding on every compiler.
+template <class T, int kBytes>
+struct LaneSum {
+  typedef T Whole __attribute__((vector_size(kBytes)));
+  typedef T Half __attribute__((vector_size(kBytes / 2)));
+  static PYEFF_INLINE T of(Whole v) {
+    struct Halves {
+      Half low, high;
+    } halves = bit_cast<Halves>(v);
+    return LaneSum<T, kBytes / 2>::of(halves.low + halves.high);
+  }
+};
+template <class T>
+struct LaneSum<T, int(2 * sizeof(T))> {
+  typedef T Whole __attribute__((vector_size(2 * sizeof(T))));
+  static PYEFF_INLINE T of(Whole v) { return v[0] + v[1]; }
+};
 template <class T>
 PYEFF_INLINE T sum_lanes(Vec<T> v) {
-  // Halving keeps the rounding the same whatever the compiler does with the loop.
-  T lane[kLanes<T>];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int half = kLanes<T> / 2; half; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
+  return LaneSum<T, kVectorBytes>::of(v);
 }
 
 }  // namespace PYEFF_ISA

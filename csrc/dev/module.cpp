@@ -81,7 +81,8 @@ PYBIND11_MODULE(pyeff_dev, m) {
         py::arg("threads") = 1);
   m.def("stream_copy", &run_stream_copy, py::arg("dst").noconvert(), py::arg("src").noconvert(),
         py::arg("isa") = "portable", py::arg("threads") = 1);
-  m.def("stream_read", &run_stream_read, py::arg("src").noconvert(), py::arg("isa") = "portable", py::arg("threads") = 1);
+  m.def("stream_read", &run_stream_read, py::arg("src").noconvert(), py::arg("isa") = "portable",
+        py::arg("threads") = 1);
 }
 
 }  // namespace pyeff::dev

@@ -1,5 +1,5 @@
-// A pool of plain threads in the form that the kernels take: for the development module and the native tests, which have
-// no torch. ThreadSanitizer follows it, as it cannot follow OpenMP.
+// A pool of plain threads in the form that the kernels take: for the development module and the native tests, which
+// have no torch. ThreadSanitizer follows it, as it cannot follow OpenMP.
 #pragma once
 
 #include <condition_variable>

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/read.h"
+#include "ops/number.h"
 #include "ops/parallel.h"
 
 namespace pyeff {
@@ -18,19 +19,6 @@ using MaybeTensor = std::optional<Tensor>;
 
 int64_t gates_of(Cell cell) { return cell == Cell::rnn ? 1 : cell == Cell::gru ? 3 : 4; }
 int64_t saved_gates_of(Cell cell) { return cell == Cell::rnn ? 0 : 4; }
-
-Number number_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return Number::f64;
-    case ScalarType::Float:
-      return Number::f32;
-    case ScalarType::BFloat16:
-      return Number::bf16;
-    default:
-      STD_TORCH_CHECK(false, "w_ih has a dtype without CPU kernels, expected float64, float32 or bfloat16");
-  }
-}
 
 // Pointers to contiguous tensors of one dtype and a known size; null for what is absent (None, or no elements).
 struct Checked {
@@ -99,7 +87,7 @@ struct Arguments {
     STD_TORCH_CHECK(0 <= cell && cell <= 2 && 0 <= norm && norm <= 2 && 0 <= reduce && reduce <= 1, "unknown option");
     ReadProblem& p = problem;
     p = {};
-    p.number = number_of(w_ih);
+    p.number = number_of(w_ih, "w_ih");
     p.cell = static_cast<Cell>(cell);
     p.norm = static_cast<Norm>(norm);
     p.reduce = static_cast<Reduce>(reduce);

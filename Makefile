@@ -1,0 +1,93 @@
+# `make demo` and `make test` each do everything, from a fresh clone, with Python (3.10 or later), a C++ compiler and make.
+# PYTHON names the interpreter, ARGS goes to `pyeff demo` and `pyeff bench`, PYTEST_ARGS to pytest.
+
+PYTHON ?= python3
+ARGS ?=
+PYTEST_ARGS ?=
+JOBS ?= auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+CMAKE := $(BIN)/cmake
+# The index of CPU builds where it can be reached; elsewhere whatever pip is configured to use.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+CROSS ?= aarch64-linux-gnu-g++
+
+NATIVE := CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Some kernels place memory so randomly that ThreadSanitizer cannot map its shadow; without randomness it can.
+FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+.PHONY: all install demo test pytest sanitize cross lint format wheel bench clean distclean
+.DELETE_ON_ERROR:
+
+all: install
+
+$(VENV)/.requirements: requirements/dev.txt
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('pyeff needs Python 3.10 or later: make PYTHON=...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# By itself and first: it is the one package that is to come from the index of CPU builds.
+	$(PIP) install --quiet --retries 1 --timeout 20 --no-deps --extra-index-url "$(TORCH_INDEX)" \
+	    $$(grep '^torch==' requirements/dev.txt)
+	$(PIP) install --quiet -r requirements/dev.txt
+	@touch $@
+
+# Editable, with the development module. Only a change of the build or of the native sources comes here again.
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py scripts/build_backend.py $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYEFF_DEV=1 PYEFF_REQUIRE_EXTENSION=1 \
+	    $(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/pyeff demo $(ARGS)
+
+bench: install
+	$(BIN)/pyeff bench $(ARGS)
+
+# The native tests first: what they find is the cause of what pytest would find. pytest's summary is the last line.
+test: sanitize cross
+	$(MAKE) --no-print-directory pytest
+
+pytest: install
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.requirements
+	$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_SANITIZE=address,undefined >/dev/null
+	$(CMAKE) --build build/asan --target pyeff_native
+	build/asan/pyeff_native
+	$(CMAKE) -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_SANITIZE=thread >/dev/null
+	$(CMAKE) --build build/tsan --target pyeff_native
+	$(FIXED) build/tsan/pyeff_native
+
+# Does the portable path compile and link for arm64? Run it, too, where an emulator is.
+cross: $(VENV)/.requirements
+	@if ! command -v $(CROSS) >/dev/null; then \
+	    echo "cross: $(CROSS) is not here, so the arm64 check is skipped"; exit 0; fi; set -e; \
+	$(CMAKE) -S . -B build/arm64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_TORCH=OFF \
+	    -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS) >/dev/null; \
+	$(CMAKE) --build build/arm64 --target pyeff_native; \
+	if command -v qemu-aarch64 >/dev/null; then qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm64/pyeff_native; \
+	else echo "cross: built for arm64; not run (no qemu-aarch64)"; fi
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: $(VENV)/.requirements
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYEFF_BUILD_DIR="$(CURDIR)/build/wheel" $(BIN)/python -m build --no-isolation --wheel
+
+clean:
+	rm -rf build dist *.egg-info pyeff/_C.abi3.so $(VENV)/.installed
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,226 @@
+"""Tables from a run: as text for a terminal of 80 columns, and as Markdown for the documentation."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .registry import TRAINING, matches
+from .results import ABSENT, FAILED, WRONG, Measured, Row, Run
+
+WIDTH = 80
+_MARKED = re.compile(r"(<!-- bench:([^>]*?) -->\n).*?(<!-- /bench -->)", re.S)
+_EXPLANATION = (
+    "floor: the least arithmetic at the machine's peak or the least bytes at its copy bandwidth, the larger, both "
+    "measured around the case; xfloor: time over floor; peak: share of the arithmetic peak; ±: interquartile range; "
+    "gain: best other over fused; memory: growth at the peak of a call, fused/reference; saved: kept for the backward, "
+    "fused/reference"
+)
+
+
+@dataclass
+class Table:
+    """Cells as text; the first column is aligned left, the others right."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def text(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+
+        def line(cells: list[str]) -> str:
+            first, *rest = (
+                f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+            )
+            return " ".join([first, *rest]).rstrip()
+
+        return "\n".join([self.title, line(self.header), *(line(row) for row in self.rows)])
+
+    def markdown(self) -> str:
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(cells) + " |"
+
+        rule = line(["---", *["---:"] * (len(self.header) - 1)])
+        return "\n".join([f"**{self.title}**", "", line(self.header), rule, *(line(row) for row in self.rows)])
+
+
+def seconds(value: float) -> str:
+    """Three digits and a unit: ``"12.3ms"``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        # Half a unit of the third digit, so that 999.6 us is 1.00 ms and not 1000 us.
+        if value >= scale * 0.9995:
+            return _three(value / scale) + unit
+    return _three(value / 1e-9) + "ns"
+
+
+def size(value: int | None) -> str:
+    """Two or three digits and a unit: ``"24M"``."""
+    if value is None:
+        return "-"
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= 0.9995 * scale:
+            return (f"{value / scale:.1f}" if value < 9.95 * scale else f"{value / scale:.0f}") + unit
+    return str(value)
+
+
+def _three(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """One table for each operation, dtype and mode: ours, its floor, the best of the others, and memory."""
+    return [_summary(group) for group in _groups(rows)]
+
+
+def _groups(rows: list[Row]) -> list[list[Row]]:
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.dtype, row.mode), []).append(row)
+    return list(groups.values())
+
+
+def _title(rows: list[Row]) -> str:
+    first = rows[0]
+    same = [f"{k}={v}" for k, v in first.shape.items() if len(rows) > 1 and all(row.shape[k] == v for row in rows)]
+    return "  ".join([first.op, first.dtype, first.mode, *([" ".join(same)] if same else [])])
+
+
+def _summary(rows: list[Row]) -> Table:
+    training = rows[0].mode == TRAINING
+    header = ["case", "fused", "±", "xfloor", "peak", "best other", "gain", "memory", *(["saved"] if training else [])]
+    cells = []
+    for row in rows:
+        ours, other, reference, gain = row.fused(), row.best_other(), row.reference(), row.gain()
+        line = [row.label, *(_own(row, ours) if ours else [_fused_status(row), "-", "-", "-"])]
+        line += [f"{seconds(other.median)} {other.name}" if other else "-", _three(gain) + "x" if gain else "-"]
+        line.append(_pair("peak_bytes", ours, reference))
+        if training:
+            line.append(_pair("saved_bytes", ours, reference))
+        cells.append(line)
+    return Table(_title(rows), header, cells)
+
+
+def _own(row: Row, c: Measured) -> list[str]:
+    return [seconds(c.median), f"{c.spread:.0%}", _three(row.over_floor(c)), f"{row.of_peak(c):.0%}"]
+
+
+def _fused_status(row: Row) -> str:
+    """Why the fused op has no time: ``"absent"``, ``"wrong"`` or ``"failed"``."""
+    return next((c.status for c in row.contenders if c.role == "fused"), ABSENT)
+
+
+def _pair(field: str, ours: Measured | None, reference: Measured | None) -> str:
+    return "/".join(size(getattr(c, field)) if c else "-" for c in (ours, reference))
+
+
+def details(rows: list[Row]) -> list[Table]:
+    """One table for each case with every contender, those without a time too."""
+    found = []
+    for row in rows:
+        ours = row.fused()
+        cells = []
+        for c in row.contenders:
+            if not c.samples:
+                cells.append([c.name, c.status, *["-"] * 7])
+                continue
+            ratio = _three(c.median / ours.median) + "x" if ours else "-"
+            error = f"{c.error:.0e}" if c.error is not None else "-"
+            cells.append([c.name, *_own(row, c), ratio, size(c.peak_bytes), size(c.saved_bytes), error])
+        sizes = " ".join(f"{k}={v}" for k, v in row.shape.items())
+        floor = f"{row.op} {row.label}  {row.dtype} {row.mode}  {sizes}\n  floor {seconds(row.floor_seconds)}"
+        found.append(Table(floor, ["", "time", "±", "xfloor", "peak", "vs fused", "memory", "saved", "error"], cells))
+    return found
+
+
+def heading(run: Run) -> str:
+    """The machine, the versions and the ceilings."""
+    cpu, gpu = run.machine, run.machine.get("gpu")
+    sets = " ".join(cpu["instruction_sets"])
+    lines = [f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads ({sets})"]
+    if gpu:
+        lines.append(f"{gpu['name']}, CUDA {gpu['cuda']}")
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    lines.append(f"{versions}, commit {(run.commit or 'unknown')[:12]}, {run.date}")
+    values: dict[str, list[float]] = {}
+    for sample in run.ceilings["samples"]:
+        values.setdefault(sample["kind"], []).append(sample["value"])
+    for kind, rates in values.items():
+        unit = "GB/s" if kind == "copy" else "GFLOP/s"
+        low, middle, high = (f"{f(rates) / 1e9:.0f}" for f in (min, statistics.median, max))
+        lines.append(f"ceiling {kind}: {middle} {unit} ({low} to {high}), {run.ceilings['sources'][kind]}")
+    return "\n".join(lines)
+
+
+def notes(run: Run) -> str:
+    """Who the contenders are, who was absent and why, and what went wrong; never left out of a report."""
+    lines = [f"{name}: {about}" for name, about in _legend(run.rows).items()]
+    for status in (ABSENT, WRONG, FAILED):
+        for (name, reason), labels in _reasons(run, status).items():
+            which = (
+                f"{len(labels)} of {len(run.rows)} cases" if len(labels) > 3 or status == ABSENT else ", ".join(labels)
+            )
+            lines.append(f"{status if status == ABSENT else status.upper()}: {name} in {which}: {reason}")
+    lines += [_EXPLANATION, f"memory is measured as {run.memory_method or 'nothing: no contender ran'}"]
+    return "\n".join(lines)
+
+
+def _legend(rows: list[Row]) -> dict[str, str]:
+    return {c.name: c.about for row in rows for c in row.contenders}
+
+
+def _reasons(run: Run, status: str) -> dict[tuple[str, str], list[str]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in run.rows:
+        for c in row.contenders:
+            if c.status == status:
+                found.setdefault((c.name, c.reason), []).append(f"{row.op} {row.label} {row.dtype} {row.mode}")
+    return found
+
+
+def text(run: Run, every: bool = False) -> str:
+    """The report for a terminal; with ``every``, each contender of each case."""
+    shown = details(run.rows) if every else tables(run.rows)
+    return "\n\n".join([_wrap(heading(run)), *(table.text() for table in shown), _wrap(notes(run))])
+
+
+def _wrap(lines: str) -> str:
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines.splitlines())
+
+
+def markdown(run: Run, match: str = "") -> str:
+    """The tables whose operation, dtype and mode hold every word of ``match``, with machine and ceilings above."""
+    chosen = [row for row in run.rows if matches(match, row.op, row.label, row.dtype, row.mode)]
+    if not chosen:
+        return ""
+    part = Run(**{**vars(run), "rows": chosen})
+    blocks = [heading(part).replace("\n", "  \n"), *(t.markdown() for t in tables(chosen))]
+    return "\n\n".join([*blocks, "\n".join(f"- {line}" for line in notes(part).splitlines())])
+
+
+def write_into(run: Run, path: str | Path) -> int:
+    """Fills the marked places of a Markdown file: ``<!-- bench:WORDS -->`` to ``<!-- /bench -->``.
+
+    Returns:
+        int: how many places were filled. A place that this run has nothing for is left as it is.
+
+    Raises:
+        ValueError: the file has no such place.
+    """
+    path, filled = Path(path), 0
+    before = path.read_text()
+    if not _MARKED.search(before):
+        raise ValueError(f"{path} has no place for a table: <!-- bench:read_recurrence float32 --> to <!-- /bench -->")
+
+    def fill(match: re.Match[str]) -> str:
+        nonlocal filled
+        content = markdown(run, match[2])
+        filled += bool(content)
+        return f"{match[1]}{content}\n{match[3]}" if content else match[0]
+
+    path.write_text(_MARKED.sub(fill, before))
+    return filled

@@ -1,0 +1,298 @@
+"""Times the contenders of each case in one process, in alternation, after checking what they compute.
+
+For each case: input sets are made, every contender runs once and its outputs are held against the oracle in float64,
+once more for its memory, and then all take turns (A B C A B C ...) until the time is spent or the medians stand. A turn
+is as many calls in a row as make a measurable time, over rotating input sets. Contenders that are far behind after the
+first turns sit out the later ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from . import machine, memory, results, roofline
+from .registry import TRAINING, Call, Case, Contender, Selection, Unavailable, dtype_name
+from .results import Measured, Row, Run
+
+# Seconds for calls [first, first + count) of a rotation.
+Timer = Callable[[Sequence[Call], int, int], float]
+
+_MAX_SETS = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
+
+    Args:
+        seconds_per_case (float): turns go on until this is spent...
+        min_turns (int): ...but each contender has at least so many,
+        max_turns (int): ...and at most so many.
+        sample_seconds (float): the least length of a turn; short calls are repeated to reach it.
+        precision (float): stop early when every interquartile range over the median, over the root of the number of
+            turns, is below this.
+        slow (float): after the first turns, a contender that is so many times slower than the fastest sits out.
+        seed (int): of the inputs.
+    """
+
+    seconds_per_case: float = 2.5
+    min_turns: int = 3
+    max_turns: int = 60
+    sample_seconds: float = 0.005
+    precision: float = 0.002
+    slow: float = 2.0
+    seed: int = 0
+
+    @staticmethod
+    def of(size: str) -> Settings:
+        """The settings for a selection's size."""
+        return Settings(seconds_per_case=0.5) if size == "quick" else Settings()
+
+
+class Progress:
+    """What the runner tells while it runs; this one says nothing."""
+
+    def begin(self, cases: int) -> None: ...
+
+    def step(self, case: Case, contender: str, doing: str) -> None: ...
+
+    def finish(self, row: Row) -> None: ...
+
+
+def run(
+    cases: Sequence[Case],
+    select: Selection,
+    *,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    ceilings: roofline.Ceilings | None = None,
+    timer: Timer | None = None,
+) -> Run:
+    """Runs ``cases`` one after another.
+
+    Args:
+        cases (sequence of Case): all of one device.
+        select (Selection): what they were selected by; kept with the results.
+        settings (Settings): default: those of the selection's size.
+        progress (Progress): told of every step.
+        ceilings (Ceilings), timer (callable): other clocks, for tests.
+
+    Returns:
+        Run: with a row for every case. What went wrong is in the rows, nothing is raised for it.
+    """
+    settings, progress = settings or Settings.of(select.size), progress or Progress()
+    progress.begin(len(cases))
+    if ceilings is None:
+        dtypes = {case.dtype: None for case in cases}
+        ceilings = roofline.measure(select.device, list(dtypes))
+    timer = timer or (cuda_timer if select.device == "cuda" else cpu_timer)
+    date, methods, rows = machine.now(), set(), []
+    for case in cases:
+        row, method = run_case(case, ceilings, settings, progress, timer)
+        methods.add(method)
+        rows.append(row)
+        progress.finish(row)
+    return Run(
+        date=date,
+        commit=machine.commit(),
+        machine={**machine.cpu(), "gpu": machine.gpu() if select.device == "cuda" else None},
+        versions=machine.versions(),
+        settings={**asdict(select), **asdict(settings)},
+        ceilings={"sources": ceilings.sources, "samples": [asdict(sample) for sample in ceilings.samples]},
+        memory_method="; ".join(memory.METHODS[m] for m in sorted(methods - {""})),
+        rows=rows,
+    )
+
+
+def run_case(
+    case: Case, ceilings: roofline.Ceilings, settings: Settings, progress: Progress, timer: Timer
+) -> tuple[Row, str]:
+    """One case: its row, and how memory was measured."""
+    with torch.set_grad_enabled(case.mode == TRAINING):
+        progress.step(case, "", "inputs and oracle")
+        sets = case.make(_set_count(case), settings.seed)
+        truth = [t.detach() for t in case.oracle(sets[0])]
+        measured, calls, method = _check_all(case, sets, truth, progress)
+        before = ceilings.sample(dtype_name(case.dtype))
+        _take_turns(case, {m.name: m for m in measured}, calls, settings, progress, timer)
+        around = ceilings.around(before, ceilings.sample(dtype_name(case.dtype)))
+    floor = roofline.floor_seconds(case.flops, case.bytes, around[dtype_name(case.dtype)], around[roofline.COPY])
+    row = Row(
+        op=case.op,
+        group=case.group,
+        point=case.point,
+        axis=case.axis,
+        shape=case.shape,
+        dtype=dtype_name(case.dtype),
+        device=case.device,
+        mode=case.mode,
+        flops=case.flops,
+        bytes=case.bytes,
+        input_sets=len(sets),
+        ceilings=around,
+        floor_seconds=floor,
+        contenders=measured,
+    )
+    return row, method
+
+
+def _set_count(case: Case) -> int:
+    """As many sets as fill the last cache twice; two at least, so that no call meets the buffers of the one before."""
+    cache = machine.last_cache_bytes() if case.device == "cpu" else 64 << 20
+    return min(_MAX_SETS, max(2, math.ceil(2 * cache / case.set_bytes)))
+
+
+def _check_all(
+    case: Case, sets: list, truth: list[Tensor], progress: Progress
+) -> tuple[list[Measured], dict[str, list[Call]], str]:
+    """Runs every contender twice: for its result, and for its memory. Returns the calls of those that passed."""
+    measured, calls, method = {}, {}, ""
+    limits: list[float] | None = None
+    # The reference first, since its error in this dtype sets the limit of the others.
+    for contender in sorted(case.contenders, key=lambda c: c.role != "reference"):
+        progress.step(case, contender.name, "check")
+        entry = Measured(contender.name, contender.about, contender.role, results.TIMED)
+        measured[contender.name] = entry
+        try:
+            rotation = _prepare(contender, sets)
+            errors = relative_errors([t.detach() for t in rotation[0]()], truth)
+            entry.error = max(errors)
+            limits = limits or error_limits(errors, case.dtype)
+            entry.status, entry.reason = _verdict(errors, limits)
+            if entry.status == results.TIMED:
+                progress.step(case, contender.name, "memory")
+                entry.saved_bytes, entry.peak_bytes, method = memory.saved_and_peak(
+                    rotation[1 % len(rotation)], case.tensors(sets[1 % len(sets)]), case.device
+                )
+                calls[contender.name] = rotation
+        except Unavailable as reason:
+            entry.status, entry.reason = results.ABSENT, str(reason)
+        except Exception as error:  # a rival that breaks must not end the run, and must not go unseen either
+            first = (str(error).strip().splitlines() or [""])[0]
+            entry.status, entry.reason = results.FAILED, f"{type(error).__name__}: {first[:200]}"
+    return [measured[c.name] for c in case.contenders], calls, method
+
+
+def _prepare(contender: Contender, sets: list) -> list[Call]:
+    free = memory.available()
+    if contender.bytes_needed > free:
+        raise Unavailable(f"needs about {contender.bytes_needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+    return contender.prepare(sets)
+
+
+def relative_errors(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """For each output the norm of its difference to the truth over that of the truth; inf for a wrong shape or NaN."""
+    if len(outputs) != len(truth):
+        raise ValueError(f"{len(outputs)} outputs, expected {len(truth)}")
+    errors = []
+    for output, expected in zip(outputs, truth, strict=True):
+        if output.shape != expected.shape:
+            errors.append(math.inf)
+            continue
+        scale = expected.norm().item() or 1.0
+        error = (output.to(expected) - expected).norm().item() / scale
+        errors.append(error if math.isfinite(error) else math.inf)
+    return errors
+
+
+def error_limits(reference: list[float], dtype: torch.dtype) -> list[float]:
+    """What an output's error may be: four times the reference's in the same dtype, and four roundings for the outputs.
+
+    The reference itself has thirty roundings, which is more than its depth makes and far less than a wrong result.
+    """
+    eps = torch.finfo(dtype).eps
+    return [4 * min(error, 30 * eps) + 4 * eps for error in reference]
+
+
+def _verdict(errors: list[float], limits: list[float]) -> tuple[str, str]:
+    for i, (error, limit) in enumerate(zip(errors, limits, strict=True)):
+        if error > limit:
+            return results.WRONG, f"output {i} is off by {error:.1e} of its norm, the limit is {limit:.1e}"
+    return results.TIMED, ""
+
+
+def _take_turns(
+    case: Case,
+    measured: dict[str, Measured],
+    calls: dict[str, list[Call]],
+    settings: Settings,
+    progress: Progress,
+    timer: Timer,
+) -> None:
+    if not calls:
+        return
+    position = dict.fromkeys(calls, 0)
+
+    def turn(name: str) -> float:
+        count = measured[name].calls_per_sample
+        seconds = timer(calls[name], position[name], count)
+        position[name] += count
+        return seconds / count
+
+    racing = list(calls)
+    with _no_garbage_collection():
+        for name in racing:
+            progress.step(case, name, "warm-up")
+            once = min(turn(name), turn(name))
+            measured[name].calls_per_sample = max(1, min(10_000, math.ceil(settings.sample_seconds / max(once, 1e-9))))
+        spent = 0.0
+        for turns in itertools.count(1):
+            for name in racing:
+                progress.step(case, name, f"turn {turns}")
+                seconds = turn(name)
+                measured[name].samples.append(seconds)
+                spent += seconds * measured[name].calls_per_sample
+            if turns >= settings.min_turns:
+                racing = _in_the_race(racing, measured, settings)
+                if turns >= settings.max_turns or spent >= settings.seconds_per_case:
+                    return
+                if turns >= 10 and all(measured[n].spread / math.sqrt(turns) < settings.precision for n in racing):
+                    return
+
+
+def _in_the_race(racing: list[str], measured: dict[str, Measured], settings: Settings) -> list[str]:
+    fastest = min(measured[name].median for name in racing)
+    # Ours always stays: it is what every number is about.
+    return [n for n in racing if measured[n].role == "fused" or measured[n].median <= settings.slow * fastest]
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def cpu_timer(calls: Sequence[Call], first: int, count: int) -> float:
+    """Wall time of ``count`` calls of a rotation."""
+    sets = len(calls)
+    start = time.perf_counter()
+    for i in range(first, first + count):
+        calls[i % sets]()
+    return time.perf_counter() - start
+
+
+def cuda_timer(calls: Sequence[Call], first: int, count: int) -> float:
+    """Time between two events on the current stream, around ``count`` calls of a rotation."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    sets = len(calls)
+    start.record()
+    for i in range(first, first + count):
+        calls[i % sets]()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,70 @@
+"""Trained parts in safetensors files, with the configuration that they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEY = "pyeff"
+
+
+def save(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes ``tensors``, with ``config`` as JSON in the file's metadata."""
+    from safetensors.torch import save_file
+
+    # Copies, since safetensors refuses tensors that share memory.
+    owned = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    save_file(owned, os.fspath(path), metadata={_KEY: json.dumps(config, sort_keys=True)})
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The configuration in a file's metadata.
+
+    Raises:
+        ValueError: the file has none.
+    """
+    from safetensors import safe_open
+
+    with safe_open(os.fspath(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+    if _KEY not in metadata:
+        raise ValueError(
+            f"{os.fspath(path)} has no pyeff configuration in its metadata, expected a file saved by a recipe"
+        )
+    return json.loads(metadata[_KEY])
+
+
+def load(path: str | os.PathLike, into: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Copies a file's tensors into ``into``, once configuration, names, shapes and dtypes were found to fit.
+
+    Raises:
+        ValueError: they do not fit; the message says where, and nothing was written.
+    """
+    from safetensors.torch import load_file
+
+    theirs, mine = read_config(path), json.loads(json.dumps(config))
+    wrong = [
+        f"{key} is {theirs.get(key)!r} in the file, expected {mine.get(key)!r}"
+        for key in sorted({*theirs, *mine})
+        if theirs.get(key) != mine.get(key)
+    ]
+    if wrong:
+        raise ValueError(f"{os.fspath(path)} does not fit: {'; '.join(wrong)}")
+    tensors = load_file(os.fspath(path))
+    wrong = [f"{name} is missing" for name in sorted(into.keys() - tensors.keys())]
+    wrong += [f"{name} was not expected" for name in sorted(tensors.keys() - into.keys())]
+    wrong += [
+        f"{name} has shape {list(tensors[name].shape)}, expected {list(t.shape)}"
+        for name, t in sorted(into.items())
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    if wrong:
+        raise ValueError(f"{os.fspath(path)} does not fit: {'; '.join(wrong)}")
+    with torch.no_grad():
+        for name, t in into.items():
+            t.copy_(tensors[name])
