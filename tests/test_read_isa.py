@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import helpers
-from tests.test_backends import output, python
+from tests.test_backends import output
 
 SETS = ("portable", "avx2", "avx512", "avx512bf16")
 
@@ -42,15 +42,3 @@ def test_every_instruction_set(isa):
     if isa not in detected and isa != "portable":
         pytest.skip(f"this processor has no {isa}; {chosen} ran in its place")
     assert chosen == isa
-
-
-def test_unknown_instruction_set():
-    """A name that does not exist is an error with the names that do, not another set."""
-    helpers.need("read_recurrence", "cpu")
-    done = python(
-        "from tests import helpers\nhelpers.make_read('gru')()",
-        PYEFF_CPU_ISA="sse9",
-    )
-    said = done.stdout + done.stderr
-    assert "PYEFF_CPU_ISA is 'sse9', expected one of" in said
-    assert all(name in said for name in SETS if name in torch.ops.pyeff_cpu.isa_built())
