@@ -43,9 +43,11 @@ def need(op: str, name: str) -> None:
 # u s sqrt(1 + 2 + .. + K) ~ u s K / sqrt(2) = eps / (2 sqrt(2)) * sqrt(K) * scale. Products of low-precision numbers
 # are summed in float32 (float64 for float64), so this eps is the accumulator's. What is compared is the largest of M
 # errors, and the largest of M draws lies at sqrt(2 log M) standard deviations, 3 to 5 for our sizes, which over the
-# 2 sqrt(2) above is 1.1 to 1.8: the constant is 2 for the sum. What is stored in the tensors' own dtype is rounded by up to eps/2 of its
-# size, and a gradient comes by four such stores: the weight that the norm's is folded into, the state, the gradient of
-# the pre-activation, the result. Hence 2 eps for the stores.
+# 2 sqrt(2) above is 1.1 to 1.8: the constant is 2 for the sum.
+#
+# What is stored in the tensors' own dtype is rounded by up to eps/2 of its size, and a gradient comes by four such
+# stores: the weight that the norm's is folded into, the state, the gradient of the pre-activation, the result. Hence
+# 2 eps for the stores.
 SUM_CONSTANT = 2.0
 STORE_CONSTANT = 2.0
 

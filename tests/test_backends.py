@@ -85,7 +85,7 @@ def test_environment(name):
 
 
 def test_environment_that_is_wrong():
-    done = python("import pyeff; pyeff.backend", PYEFF_BACKEND="fastest")
+    done = python("import pyeff", PYEFF_BACKEND="fastest")
     assert done.returncode != 0
     assert "PYEFF_BACKEND is 'fastest', expected one of reference, cpu, triton, cuda, auto" in done.stderr
 
