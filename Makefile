@@ -52,7 +52,7 @@ test: sanitize cross
 	$(MAKE) --no-print-directory pytest
 
 pytest: install
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	PYEFF_TEST_REQUIRE=cpu $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.requirements
 	$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_SANITIZE=address,undefined >/dev/null

@@ -43,8 +43,13 @@ def fused(sets: Sequence[Inputs]) -> list[Call]:
         reason = "the compiled library has no linear"
     if reason:
         raise Unavailable(reason)
-    linear = torch.ops.pyeff_cpu.linear
-    return [functools.partial(lambda s: (linear(s.x, s.weight),), s) for s in sets]
+    linear, pack = torch.ops.pyeff_cpu.linear, torch.ops.pyeff_cpu.linear_pack
+
+    def one(s: Inputs) -> Call:
+        packed, out = pack(s.weight), s.weight.shape[0]
+        return lambda: (linear(s.x, packed, out),)
+
+    return [one(s) for s in sets]
 
 
 def eager(sets: Sequence[Inputs]) -> list[Call]:
@@ -111,6 +116,7 @@ def case(tokens: int, width: int, out: int, dtype: torch.dtype, device: str) -> 
         mode=FORWARD,
         flops=2.0 * tokens * width * out,
         bytes=float(numbers * dtype.itemsize),
+        reduction=width,
         make=make,
         set_bytes=(tokens * width + width * out) * dtype.itemsize,
         tensors=Inputs.tensors,

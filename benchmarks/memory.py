@@ -18,6 +18,7 @@ import ctypes
 import gc
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -48,20 +49,49 @@ def saved_and_peak(call: Callable[[], object], known: Iterable[Tensor], device: 
         tuple: bytes saved for the backward, bytes at the peak beyond those before the call, and the method (a key of
         ``METHODS``).
     """
-    inputs, saved = storages(known), {}
-
-    def pack(t: Tensor) -> Tensor:
-        # The graph holds t until its backward, so no two storages share an address here.
-        if t.layout == torch.strided and t.untyped_storage().data_ptr() not in inputs:
-            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    kept = _Kept(storages(known))
 
     def hooked() -> None:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, kept), lambda saved: saved.tensor):
             call()
 
     peak, method = _peak(hooked, device)
-    return sum(saved.values()), peak, method
+    return kept.most, peak, method
+
+
+class _Kept:
+    """Bytes of the storages that autograd holds now, and the most that it held at any time."""
+
+    def __init__(self, ignored: set[int]) -> None:
+        self.ignored, self.now, self.most = ignored, 0, 0
+        self.holders: Counter[int] = Counter()
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        address = storage.data_ptr()
+        self.holders[address] += 1
+        if self.holders[address] == 1 and address not in self.ignored:
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+
+    def remove(self, storage: torch.UntypedStorage) -> None:
+        address = storage.data_ptr()
+        self.holders[address] -= 1
+        if self.holders[address] == 0 and address not in self.ignored:
+            self.now -= storage.nbytes()
+
+
+class _Saved:
+    """What autograd keeps in place of a tensor; it dies with its node in the graph, perhaps before the backward."""
+
+    def __init__(self, tensor: Tensor, kept: _Kept) -> None:
+        # Detached: a node that saves its own output would otherwise hold itself.
+        self.tensor, self.kept = tensor.detach(), kept
+        if tensor.layout == torch.strided:
+            kept.add(tensor.untyped_storage())
+
+    def __del__(self) -> None:
+        if self.tensor.layout == torch.strided:
+            self.kept.remove(self.tensor.untyped_storage())
 
 
 def _peak(call: Callable[[], None], device: str) -> tuple[int, str]:

@@ -136,6 +136,7 @@ def case(
         mode=mode,
         flops=flops,
         bytes=least_bytes,
+        reduction=tokens * layers if training else width + rank,
         make=sets,
         set_bytes=tokens * layers * width * dtype.itemsize,
         tensors=Inputs.tensors,

@@ -61,6 +61,7 @@ class Case:
         shape (dict): every size, by its usual letter.
         dtype (torch.dtype), device (str), mode (str): ``FORWARD`` or ``TRAINING``.
         flops (float), bytes (float): the least arithmetic and the least traffic of the operation, for the floor.
+        reduction (int): the length of the longest sum in it; rounding errors grow with its root.
         make (callable): a number of sets and a seed -> that many input sets. Sets differ in what changes from call to
             call, so that rotating them empties the caches; weights that stay in place between calls may be shared.
         set_bytes (int): what one set adds; the runner takes as many as fill the last cache twice.
@@ -80,6 +81,7 @@ class Case:
     mode: str
     flops: float
     bytes: float
+    reduction: int
     make: Callable[[int, int], list[Any]]
     set_bytes: int
     tensors: Callable[[Any], Sequence[Tensor]]

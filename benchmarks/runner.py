@@ -166,7 +166,7 @@ def _check_all(
             rotation = _prepare(contender, sets)
             errors = relative_errors([t.detach() for t in rotation[0]()], truth)
             entry.error = max(errors)
-            limits = limits or error_limits(errors, case.dtype)
+            limits = limits or error_limits(errors, case.dtype, case.reduction)
             entry.status, entry.reason = _verdict(errors, limits)
             if entry.status == results.TIMED:
                 progress.step(case, contender.name, "memory")
@@ -204,13 +204,17 @@ def relative_errors(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> list[
     return errors
 
 
-def error_limits(reference: list[float], dtype: torch.dtype) -> list[float]:
-    """What an output's error may be: four times the reference's in the same dtype, and four roundings for the outputs.
+def error_limits(reference: list[float], dtype: torch.dtype, reduction: int) -> list[float]:
+    """What the errors of outputs may be.
 
-    The reference itself has thirty roundings, which is more than its depth makes and far less than a wrong result.
+    Four times the reference's in the same dtype; four roundings of the output; and what a plain running sum of
+    ``reduction`` random terms loses, u sqrt(K) with the unit roundoff u of the dtype that sums are kept in (at least
+    float32): the reference's own sums may be blocked, others need not be. Of the reference itself no more than thirty
+    roundings count, which is more than its depth makes and far less than a wrong result.
     """
     eps = torch.finfo(dtype).eps
-    return [4 * min(error, 30 * eps) + 4 * eps for error in reference]
+    roundoff = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    return [4 * min(error, 30 * eps) + 4 * eps + roundoff * math.sqrt(reduction) for error in reference]
 
 
 def _verdict(errors: list[float], limits: list[float]) -> tuple[str, str]:

@@ -10,23 +10,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+# Importing pyeff registers its operations: torch.ops.pyeff.* is there as soon as pyeff is.
+from pyeff import ops, reference
 from pyeff._version import __version__
+from pyeff.backends import backend, info
 
 if TYPE_CHECKING:
-    from pyeff import nn, ops, recipes, reference  # noqa: F401
-    from pyeff.backends import backend, info
+    from pyeff import nn, recipes
 
-# All but the version loads on first use, torch included: ``pyeff --help`` answers at once.
-_SUBMODULES = ("nn", "ops", "recipes", "reference")
+# Load on first use: who only calls operations does not wait for them.
+_LAZY = ("nn", "recipes")
 
-__all__ = ["__version__", "backend", "info", *_SUBMODULES]
+__all__ = ["__version__", "backend", "info", "nn", "ops", "recipes", "reference"]
 
 
 def __getattr__(name: str):
-    if name in _SUBMODULES:
+    if name in _LAZY:
         return importlib.import_module(f"pyeff.{name}")
-    if name in ("backend", "info"):
-        return getattr(importlib.import_module("pyeff.backends"), name)
     raise AttributeError(f"module 'pyeff' has no attribute {name!r}")
 
 

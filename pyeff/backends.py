@@ -142,8 +142,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str = "
 
     Raises:
         RuntimeError: a backend was named and cannot serve this call; the message says why.
+        ValueError: there is no backend of that name.
     """
     requested = requested or _choice
+    if requested not in (*NAMES, "auto"):
+        raise ValueError(f"{op}: backend is {requested!r}, expected one of {', '.join((*NAMES, 'auto'))}")
     if requested != "auto":
         reason = refusal(op, requested, device, dtype)
         if reason:

@@ -51,7 +51,8 @@ def absent(sets):
 def fake_case(*contenders, point="7", group="toy", mode=FORWARD, dtype=torch.float32, op="toy_op", axis="size"):
     return Case(
         op=op, group=group, point=point, axis=axis, shape={"N": 7, "d": 3}, dtype=dtype, device="cpu", mode=mode,
-        flops=1e9, bytes=1e9, make=lambda count, seed: [torch.arange(1.0, 8.0).to(dtype) + i for i in range(count)],
+        flops=1e9, bytes=1e9, reduction=1,
+        make=lambda count, seed: [torch.arange(1.0, 8.0).to(dtype) + i for i in range(count)],
         set_bytes=1 << 24, tensors=lambda x: [x], oracle=lambda x: [x.double() ** 2], contenders=contenders,
     )  # fmt: skip
 

@@ -11,6 +11,9 @@ import torch
 import pyeff
 from tests import helpers
 
+# The tests are small, and run side by side: threads would only wait for each other. Those about threads set their own.
+torch.set_num_threads(1)
+
 hypothesis.settings.register_profile(
     "pyeff",
     deadline=None,

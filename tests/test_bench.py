@@ -94,6 +94,14 @@ def test_a_wrong_result_is_an_error_and_no_row(function):
     assert "output 0 is off" in text
 
 
+def test_limits_follow_the_dtype_and_the_length_of_the_sum():
+    eps = torch.finfo(torch.float32).eps
+    assert runner.error_limits([0.0, eps], torch.float32, 10_000) == pytest.approx([54 * eps, 58 * eps])
+    # A reference that is wrong itself does not let everything else pass.
+    assert runner.error_limits([1.0], torch.bfloat16, 1)[0] < 1.0
+    assert runner.error_limits([0.0], torch.float64, 10_000)[0] < 2e-14
+
+
 def test_a_wrong_reference_is_an_error():
     found, _ = run(fake_case(FUSED, contender("reference", "reference", lambda x: (x * x * 1.01,))))
     assert status(found.rows[0])["reference"] == results.WRONG

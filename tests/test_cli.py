@@ -123,7 +123,7 @@ def test_python_dash_m():
 
 
 def test_the_app_is_built_without_anything_heavy():
-    heavy = ("torch", "numpy", "transformers", "matplotlib")
+    heavy = ("transformers", "matplotlib", "benchmarks", "pyeff.benchmarks", "pyeff.nn", "pyeff.recipes")
     done = python(f"import sys; from pyeff import cli; cli.build(); print([m for m in {heavy} if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

@@ -45,7 +45,7 @@ def test_gradcheck_of_each_input_alone(kernels, cell, norm):
         check_gradient(call, [name])
 
 
-@pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
+@pytest.mark.parametrize(("cell", "norm"), [("rnn", "none"), ("gru", "rms"), ("lstm", "layer")])
 def test_gradcheck_of_all_inputs_but_one(kernels, cell, norm):
     call = make_read(cell, norm, **SMALL)
     for name in call.tensors:
@@ -210,9 +210,8 @@ def test_opcheck_backward(kernels, cell, norm, save):
     tensors, options, save = inner_arguments(cell, norm, save)
     out, _, *kept = torch.ops.pyeff.read_forward(*tensors, *options, save)
     given = [t is not None for t in tensors[1:]]
-    for grad_c, phi_too in product((None, torch.randn_like(out) if cell == "lstm" else None), (False, True)):
-        needs_phi = [phi_too, False, phi_too]
-        torch.library.opcheck(
-            torch.ops.pyeff.read_backward,
-            (torch.randn_like(out), grad_c, *tensors, *kept, *options, needs_phi, given),
-        )
+    grad_c = torch.randn_like(out) if cell == "lstm" and save == 2 else None
+    needs_phi = [save == 2, False, save == 2]
+    torch.library.opcheck(
+        torch.ops.pyeff.read_backward, (torch.randn_like(out), grad_c, *tensors, *kept, *options, needs_phi, given)
+    )

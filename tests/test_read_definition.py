@@ -25,8 +25,7 @@ def normalized(call):
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.3])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize(("bias", "state"), [(True, True), (False, False)])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("cell", CELLS)

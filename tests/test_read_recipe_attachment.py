@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 from typing import NamedTuple
 
@@ -273,6 +275,25 @@ def test_enabled_switch_and_modes():
     assert torch.equal(model(X), own)
 
 
+def test_layers_that_are_not_seen_are_an_error(monkeypatch):
+    model = make()
+    read.attach(model, 8)
+
+    def around_the_hooks(x):
+        for block in model.body.blocks:
+            x = block.forward(x)
+        return Pair(x, "extra")
+
+    monkeypatch.setattr(model.body, "forward", around_the_hooks)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="no layer that is read was called"):
+            model(X)
+    # With LayerDrop a layer may be left out: there is nothing to read then.
+    model.body.layerdrop = 0.5
+    own = model.head(around_the_hooks(X).states)
+    assert torch.equal(model(X), own)
+
+
 def test_a_call_that_raises_leaves_nothing_open():
     model = make()
     attachment = read.attach(model, 8)
@@ -366,3 +387,12 @@ def test_errors_of_calls_and_twice():
     read.attach(narrow, 8, output=(last := nn.Linear(16, 4)))
     with pytest.raises(ValueError, match=r"shape \[5, 4\], expected \[5, 16\]"):
         last(chain(narrow))
+
+
+def test_optional_packages_load_on_first_use():
+    code = (
+        "import sys, torch; from pyeff.recipes import read; a = read.attach([torch.nn.Linear(4, 4)], 2); a.detach();"
+        "print([m for m in ('transformers', 'safetensors') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

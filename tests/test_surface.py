@@ -121,7 +121,7 @@ def modules():
             yield found.name
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", list(modules()))
 def test_examples_run(name):
     try:
         module = importlib.import_module(name)
@@ -215,6 +215,13 @@ def test_op_has_its_pages(op):
 
 
 # ---- layers and imports ----
+
+
+def test_importing_pyeff_registers_every_op():
+    """torch.ops.pyeff.<name> is there as soon as pyeff is, without a look at pyeff.ops."""
+    code = f"import pyeff, torch; print(*(hasattr(torch.ops.pyeff, name) for name in {list(OPERATIONS)}))"
+    assert set(output(code).split()) == {"True"}
+
 
 # Each layer may import those to its right.
 LAYERS = ("cli", "recipes", "nn", "ops", "backends", "reference")

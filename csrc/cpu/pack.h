@@ -16,39 +16,75 @@ constexpr int64_t steps(int64_t k) {
 
 PYEFF_INLINE uint32_t pair_bits(bf16 low, bf16 high) { return uint32_t(low.bits) | uint32_t(high.bits) << 16; }
 
-// One number as an operand element holds it.
+// bf16 bits of a float vector, one in each 32-bit lane.
+PYEFF_INLINE UInt32V rounded_bits(FloatV v) {
+  UInt32V u = bit_cast<UInt32V>(v);
+  UInt32V rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return v != v ? (u >> 16) | 0x40 : rounded;
+}
+
+// One vector's worth of operand elements of a row, from element `p` of K on, times scale; zero past the end.
 template <class T>
-PYEFF_INLINE T scaled(T x, const T* scale, int64_t i) {
-  return scale ? narrow<T>(widen(x) * widen(scale[i])) : x;
+PYEFF_INLINE Vec<typename Operand<T>::Acc> load_elements(const T* row, int64_t p, int64_t k, const T* scale) {
+  using C = Compute<T>;
+  constexpr int lanes = kLanes<C>;
+  if constexpr (Operand<T>::kPack == 1) {
+    const Vec<C> v = load_first(row + p, k - p);
+    return scale ? v * load_first(scale + p, k - p) : v;
+  } else {
+    T pairs[2 * lanes];
+    const int64_t at = 2 * p, left = k - at;
+    for (int half = 0; half < 2 * lanes; half += lanes) {
+      Vec<C> v = left > half ? load_first(row + at + half, left - half) : Vec<C>{};
+      if (scale && left > half) v *= load_first(scale + at + half, left - half);
+      store(pairs + half, v);
+    }
+    Vec<C> bits;
+    __builtin_memcpy(&bits, pairs, sizeof bits);
+    return bits;
+  }
+}
+
+// Transposes a square of vectors: each stage interleaves the first half of the rows with the second.
+template <class T>
+PYEFF_INLINE void transpose(Vec<T>* rows) {
+  using V = Vec<T>;
+  using Int = typename VectorOf<T>::Int;
+  constexpr int lanes = kLanes<T>;
+  Int low, high;
+  for (int l = 0; l < lanes; ++l) {
+    low[l] = l / 2 + (l % 2) * lanes;
+    high[l] = low[l] + lanes / 2;
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < lanes; stage *= 2) {
+    V next[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + lanes / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + lanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
 }
 
 // One vector of columns from `count` rows of a row-major [n, k] matrix: panel[p][lane] = source[lane][p] * scale[p].
 template <class T>
 void pack_columns_nk(typename Operand<T>::Element* panel, int64_t width, const T* source, int64_t row_stride,
                      int64_t count, int64_t k, const T* scale) {
-  using Op = Operand<T>;
-  using Element = typename Op::Element;
-  constexpr int lanes = kLanes<typename Op::Acc>;
-  constexpr int64_t block = 16;  // lines of the panel that stay in the first cache while its lanes are filled
-  const int64_t total = steps<Op>(k);
-  for (int64_t p0 = 0; p0 < total; p0 += block) {
-    const int64_t p1 = p0 + block < total ? p0 + block : total;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      Element* out = panel + lane;
-      if (lane >= count) {
-        for (int64_t p = p0; p < p1; ++p) out[p * width] = Element{};
-        continue;
-      }
-      const T* row = source + lane * row_stride;
-      for (int64_t p = p0; p < p1; ++p) {
-        if constexpr (Op::kPack == 1) {
-          out[p * width] = Element(widen(scaled(row[p], scale, p)));
-        } else {
-          const int64_t i = 2 * p;
-          out[p * width] = pair_bits(scaled(row[i], scale, i), i + 1 < k ? scaled(row[i + 1], scale, i + 1) : T{});
-        }
-      }
-    }
+  using C = typename Operand<T>::Acc;
+  constexpr int lanes = kLanes<C>;
+  const int64_t total = steps<Operand<T>>(k);
+  for (int64_t p = 0; p < total; p += lanes) {
+    Vec<C> square[lanes];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < lanes; ++lane)
+      square[lane] = lane < count ? load_elements(source + lane * row_stride, p, k, scale) : Vec<C>{};
+    transpose<C>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      if (p + i < total) __builtin_memcpy(panel + (p + i) * width, &square[i], sizeof square[i]);
   }
 }
 
@@ -60,13 +96,6 @@ PYEFF_INLINE Vec<Compute<P>> load_strided(const P* p, int64_t stride, int64_t co
   Compute<P> lane[lanes];
   for (int l = 0; l < lanes; ++l) lane[l] = l < count ? widen(p[l * stride]) : Compute<P>(0);
   return load(lane);
-}
-
-// bf16 bits of a float vector, one in each 32-bit lane.
-PYEFF_INLINE UInt32V rounded_bits(FloatV v) {
-  UInt32V u = bit_cast<UInt32V>(v);
-  UInt32V rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return v != v ? (u >> 16) | 0x40 : rounded;
 }
 
 // One vector of columns of a matrix given by its rows, k of them: panel[p][lane] = (row(p)[lane] - shift[p]) * scale[p].

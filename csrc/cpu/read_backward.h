@@ -38,7 +38,7 @@ bool run_read_backward(const ReadProblem& p, const ReadBackward& out, const Para
     shared.da = arena.take<typename Shape::D>(s.layers * chunk * s.da_stride);
     shared.bias = arena.take<C>(ceil_div(chunk, 8) * bias_row);
     shared.bias_total = arena.take<C>(bias_row);
-    shared.sums = arena.take<C>(sums_size + Outer::kTile);  // the last prefetch reaches one tile further
+    shared.sums = arena.take<C>(sums_size);
   };
   auto place_own = [&](Arena& arena, typename Reverse::Workspace& reverse, typename Outer::Workspace& outer) {
     reverse.place(arena, s, with_dphi, recompute);

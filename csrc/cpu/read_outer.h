@@ -115,17 +115,18 @@ struct ReadOuter {
       pack_left_kn<T, kRows>(w.left, [&](int64_t i) { return w.left_rows[i] + row * kRows; }, left_columns, k);
       for (int64_t panel = begin; panel < end; ++panel) {
         C* tile_sums = sums + (panel * row_panels + row) * kTile;
+        // The sums come from the third-level cache while the tile is computed. They are added to at the end: a run of its
+        // own for each unit of K keeps the rounding error at that of pairs of shorter sums.
+        if (!fresh)
+          for (int64_t i = 0; i < kTile; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(tile_sums + i);
         Tile<Op, kRows, Shape::kVectors> tile;
-        if (fresh) {
-          tile.zero();
-        } else {
-          __builtin_memcpy(tile.acc, tile_sums, sizeof tile.acc);
-          // The next tile of sums comes from the third-level cache while this one is computed.
-          const C* next = panel + 1 < end ? tile_sums + row_panels * kTile : sums + (begin * row_panels + row + 1) * kTile;
-          for (int64_t i = 0; i < kTile; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(next + i);
-        }
+        tile.zero();
         tile.multiply(LeftPanel<Element, kRows>{w.left}, w.right + (panel - begin) * kPanel, steps<Op>(k));
-        __builtin_memcpy(tile_sums, tile.acc, sizeof tile.acc);
+        for (int i = 0; i < kRows; ++i)
+          for (int v = 0; v < Shape::kVectors; ++v) {
+            C* at = tile_sums + i * kColumns + v * kUnits;
+            store(at, fresh ? tile.acc[i][v] : load(at) + tile.acc[i][v]);
+          }
       }
     }
   }

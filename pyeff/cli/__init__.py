@@ -1,7 +1,7 @@
 """The command line: ``pyeff info``, ``pyeff bench``, ``pyeff demo``.
 
-A command is the function of a module's own name in this package. What is heavy (torch, transformers, matplotlib) is
-imported by the function when it runs, so that ``pyeff --help`` answers at once.
+A command is the function of a module's own name in this package. What is heavy (transformers, matplotlib) is
+imported by the function when it runs, so that ``pyeff --help`` waits for torch alone.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from pyeff import _machine
 from pyeff.demo import data, measure, report, train
 from pyeff.demo.variants import TITLES, Settings, Variant, fused_backend, load
 
-# Two float32 runs that add in another order drift apart as training goes on; the first loss has no such excuse.
-LOSS_TOLERANCE, FIRST_LOSS_TOLERANCE = 2e-2, 1e-4
+# Two float32 runs that add in another order drift apart as training goes on, but not by more than this.
+LOSS_TOLERANCE = 1e-3
 SHORT = {"full": "full", "reference": "definition", "fused": "fused", "head": "head"}
 
 
@@ -100,7 +100,7 @@ def demo(
         fresh.attachment.load(adapter)
         results["reloaded_accuracy"] = fresh.accuracy(batches.testing())
     if backend:
-        results["loss_gap"], results["first_loss_gap"] = train.loss_gap(curves)
+        results["loss_gap"] = train.loss_gap(curves)
     results["minutes"] = (time.perf_counter() - start) / 60
     report.picture(results, out)
     report.write_json(results, out.with_suffix(".json"))
@@ -139,12 +139,11 @@ def _tell(console: Console, results: dict, out: Path, adapter: Path) -> None:
         highlight=False,
     )
     if "fused" in rows:
-        same = results["first_loss_gap"] <= FIRST_LOSS_TOLERANCE and results["loss_gap"] <= LOSS_TOLERANCE
+        same = results["loss_gap"] <= LOSS_TOLERANCE
         verdict = "[green]the same losses[/]" if same else "[bold red]the losses DIFFER[/]"
         console.print(
-            f"READ fused against its definition: {verdict} (first step {results['first_loss_gap']:.1e} apart, at most "
-            f"{results['loss_gap']:.1e} in {results['steps']} steps; allowed {FIRST_LOSS_TOLERANCE:.0e} and "
-            f"{LOSS_TOLERANCE:.0e}); its part is "
+            f"READ fused against its definition: {verdict} (at most {results['loss_gap']:.1e} apart in "
+            f"{results['steps']} steps, allowed {LOSS_TOLERANCE:.0e}); its part is "
             f"{rows['reference']['read_seconds'] / rows['fused']['read_seconds']:.1f} times as fast.",
             highlight=False,
         )

@@ -45,9 +45,9 @@ class Settings:
     max_length: int = 64
     rank: int = 256
     cell: str = "gru"
-    lr_read: float = 2e-3
+    lr_read: float = 4e-3
     lr_full: float = 2e-4
-    lr_head: float = 5e-3
+    lr_head: float = 2e-2
     warmup: int = 10
     evaluations: int = 4
     seed: int = 0

@@ -287,6 +287,10 @@ class ReadStream:
 
     Made by :meth:`ReadAdapter.stream`.
 
+    Args:
+        adapter (ReadAdapter): whose weights are used.
+        h0 (Tensor, optional), c0 (Tensor, optional), embedding (Tensor, optional): as of :meth:`ReadAdapter.forward`.
+
     Example:
         >>> import torch, pyeff
         >>> adapter = pyeff.nn.ReadAdapter(16, rank=8, zero_init=False)

@@ -367,6 +367,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_out, grad_c, *unused):
     tensors = ctx.saved_tensors
+    if ctx.options[0] != "lstm":
+        grad_c = None  # c_last is empty; compiled graphs pass an empty gradient for it nevertheless
     phi, rest = list(tensors[: ctx.layers]), tensors[ctx.layers :]
     needs_phi, needs = list(ctx.needs_input_grad[0]), list(ctx.needs_input_grad[1:9])
     dphi, *grads = torch.ops.pyeff.read_backward(grad_out, grad_c, phi, *rest, *ctx.options, needs_phi, needs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyeff.nn.read import linear_like
+from pyeff.recipes._hooks import Local
 
 # The names that encoder-decoder models give to their cross-attention.
 CROSS_ATTENTION = r"EncDecAttention|encoder_attn|cross_?att(n|ention)|encoder_decoder_attention"
@@ -97,6 +99,9 @@ class CrossCapture:
     function of ours: it calls the model's own with the same arguments, and computes the probabilities beside it from
     the same queries, keys (cached ones included) and mask.
 
+    Cross-attention that chooses for itself (T5 before transformers 5) is asked for its probabilities instead, which are
+    then taken out of what it returns.
+
     Args:
         layers (sequence of Module): decoder layers.
         sink (callable): called with the probabilities [B, T, S] of each cross-attention that runs, or with a function
@@ -110,6 +115,8 @@ class CrossCapture:
     def __init__(self, layers: Sequence[nn.Module], sink: Callable[..., Any], pattern: str = CROSS_ATTENTION) -> None:
         self.sink = sink
         self._originals: list[tuple[nn.Module, Any]] = []
+        self._handles: list[Any] = []
+        self._local = Local()
         _register()
         try:
             for i, layer in enumerate(layers):
@@ -123,36 +130,59 @@ class CrossCapture:
         for module, config in self._originals:
             module.config = config
             del module._read_capture
+        for handle in self._handles:
+            handle.remove()
         self._originals.clear()
+        self._handles.clear()
 
     def config_of(self, module: nn.Module) -> Any:
         """The configuration that the module had."""
         return next(config for m, config in self._originals if m is module)
 
     def _wrap(self, index: int, layer: nn.Module, pattern: re.Pattern) -> None:
-        before = len(self._originals)
-        for name, found in layer.named_modules():
-            if not pattern.fullmatch(name.rpartition(".")[2]):
-                continue
-            for module in found.modules():
-                if hasattr(getattr(module, "config", None), "_attn_implementation") and not hasattr(
-                    module, "_read_capture"
-                ):
-                    self._originals.append((module, module.config))
-                    module.config = copy.copy(module.config)
-                    module.config._attn_implementation_internal = _IMPLEMENTATION
-                    module._read_capture = self
-        if len(self._originals) == before:
+        found = [m for name, m in layer.named_modules() if pattern.fullmatch(name.rpartition(".")[2])]
+        choosing = [m for outer in found for m in outer.modules() if _interface(m) is not None]
+        asked = [m for m in found if "output_attentions" in inspect.signature(m.forward).parameters]
+        if choosing:
+            for module in dict.fromkeys(choosing):
+                self._originals.append((module, module.config))
+                module.config = copy.copy(module.config)
+                module.config._attn_implementation_internal = _IMPLEMENTATION
+                module._read_capture = self
+        elif asked:
+            self._handles.append(asked[0].register_forward_pre_hook(self._ask, with_kwargs=True))
+            self._handles.append(asked[0].register_forward_hook(self._take))
+        else:
             raise ValueError(
                 f"no cross-attention in decoder layer {index} ({type(layer).__name__}): looked for a module named as "
-                f"{pattern.pattern} whose configuration chooses its attention; use joiner=None, or cross_attention="
+                f"{pattern.pattern} that gives its probabilities; use joiner=None, or cross_attention="
             )
+
+    def _ask(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self._local.ours = self.sink() and not kwargs.get("output_attentions")
+        return (args, {**kwargs, "output_attentions": True}) if self._local.ours else None
+
+    def _take(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if not self.sink():
+            return None
+        # Position biases have the same shape; the probabilities come after them.
+        at = max((i for i, t in enumerate(output) if isinstance(t, Tensor) and t.dim() == 4), default=None)
+        if at is None:
+            return None
+        self.sink(functools.partial(torch.mean, output[at], 1))
+        if not self._local.ours:
+            return None
+        return output[:at] if at == len(output) - 1 else (*output[:at], None, *output[at + 1 :])
 
 
 def _register() -> None:
-    from transformers.modeling_utils import AttentionInterface
+    from transformers import modeling_utils
 
-    AttentionInterface.register(_IMPLEMENTATION, _attention)
+    # Older releases have one mapping for all models instead of a class.
+    if hasattr(modeling_utils, "AttentionInterface"):
+        modeling_utils.AttentionInterface.register(_IMPLEMENTATION, _attention)
+    else:
+        modeling_utils.ALL_ATTENTION_FUNCTIONS[_IMPLEMENTATION] = _attention
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -173,11 +203,16 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
     return result
 
 
+def _interface(module: nn.Module) -> dict[str, Any] | None:
+    """The names of the file that makes this module's configuration choose its attention; None if nothing does."""
+    if not hasattr(getattr(module, "config", None), "_attn_implementation"):
+        return None
+    files = (vars(sys.modules[kind.__module__]) for kind in type(module).__mro__)
+    return next((names for names in files if "ALL_ATTENTION_FUNCTIONS" in names), None)
+
+
 def _original(module: nn.Module, config: Any) -> Callable[..., Any]:
-    """The attention function that the module would have called: its file's own eager one, or a registered one."""
-    for kind in type(module).__mro__:
-        names = vars(sys.modules[kind.__module__])
-        if "ALL_ATTENTION_FUNCTIONS" in names:
-            eager = names.get("eager_attention_forward")
-            return names["ALL_ATTENTION_FUNCTIONS"].get_interface(config._attn_implementation, eager)
-    raise RuntimeError(f"{type(module).__name__} does not use transformers' attention interface; use joiner=None")
+    """The attention function that the module would have called: a registered one, or its file's own eager one."""
+    names: Any = _interface(module)
+    chosen = config._attn_implementation
+    return names["eager_attention_forward"] if chosen in (None, "eager") else names["ALL_ATTENTION_FUNCTIONS"][chosen]

@@ -32,6 +32,15 @@ class Attachment:
 
     As a context manager it detaches at the end.
 
+    Args:
+        model (Module): what is frozen, but for ``heads``.
+        stacks (dict of Stack), layers (dict of list of int): by stack: where it is, and which of its layers are read.
+        adapters (dict of ReadAdapter): by stack, or by task.
+        joiner (Module, optional): of an encoder-decoder.
+        heads (dict of Module): by path: modules of the model that stay trainable.
+        config (dict): what a saved file is checked against.
+        store (torch.dtype, optional), pack (bool), cross_attention (str): as of :func:`attach`.
+
     Attributes:
         adapters (dict of ReadAdapter): ``"adapter"``, or ``"encoder"`` and ``"decoder"``, or one for each task.
         joiner (Module, optional): of an encoder-decoder.
@@ -220,8 +229,10 @@ class Attachment:
         adapters = [self.adapters[name] for name in (self._active or (label,))]
         trained = (p for module in (*self.adapters.values(), self.joiner) if module for p in module.parameters())
         streaming = not (torch.is_grad_enabled() and any(p.requires_grad for p in trained))
+        stack = self._stacks[label]
+        drops = stack.opener.training and getattr(stack.opener, "layerdrop", 0) > 0
         session = functools.partial(
-            ReadSession, adapters, self._stacks[label].name, streaming=streaming, store=self._store
+            ReadSession, adapters, stack.name, streaming=streaming, store=self._store, may_skip=drops
         )
         if self._pack:
             own = self._signatures[label].bind_partial(*args, **kwargs).arguments.get("attention_mask")

@@ -30,6 +30,7 @@ class ReadSession:
         deliver (callable, optional): ``deliver(output, correction)`` takes the correction instead of the stack's
             output.
         mask (Tensor, optional): [B, T or more], 0 for padding, whose tokens are left out; its last columns count.
+        may_skip (bool): that no layer runs is no error, as with LayerDrop.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class ReadSession:
         encoded: Tensor | None = None,
         deliver: Callable[[Tensor, Tensor], None] | None = None,
         mask: Tensor | None = None,
+        may_skip: bool = False,
     ) -> None:
         self.adapters, self.name, self.store = adapters, name, store
         self.joiner, self.encoded, self.deliver = joiner, encoded, deliver
-        self.mask, self.rows, self.shape = mask, None, None
+        self.mask, self.may_skip, self.rows, self.shape = mask, may_skip, None, None
         self.streams = [adapter.stream() for adapter in adapters] if streaming else []
         self.embedding: Tensor | None = None
         self.probabilities: Probabilities = None
@@ -92,7 +94,13 @@ class ReadSession:
     def close(self, output: Tensor) -> Tensor | None:
         corrections = self._corrections()
         if not corrections or self.shape is None:
-            return None
+            if self.may_skip:
+                return None
+            raise RuntimeError(
+                f"{self.name}: no layer that is read was called as a module, so none was seen; some releases of "
+                "transformers call layers' forward directly under gradient checkpointing, which a frozen model does "
+                "not need"
+            )
         if output.shape != self.shape:
             raise ValueError(
                 f"the output to correct has shape {list(output.shape)}, expected {list(self.shape)} as the "

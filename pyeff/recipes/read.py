@@ -85,7 +85,8 @@ def attach(
             of a path, as ``"classifier"``.
         store (str, optional): ``"bf16"`` keeps (and computes on) layer outputs in bfloat16. Default: references.
         pack (bool): leave padding out of the recurrence, by the 2-D ``attention_mask`` that the model is called with;
-            its tokens keep the backbone's output. Copies the layer outputs, so it pays where much is padding.
+            its tokens keep the backbone's output. Copies the layer outputs and waits for the device once a call, so it
+            pays where much is padding.
         tasks (sequence of str, optional): one adapter for each of these over one pass of the backbone, their corrected
             outputs stacked along the first dimension. :attr:`Attachment.tasks` chooses some of them. Not for an
             encoder-decoder.
