@@ -123,19 +123,23 @@ class Input {
 class Output {
  public:
   Output() = default;
-  Output(Number number, int64_t count)
-      : number_(number), count_(count), block_(new char[static_cast<size_t>(2 * guard() + bytes())]) {
-    std::memset(block_.get(), kGuard, static_cast<size_t>(2 * guard() + bytes()));
+  // By default the numbers begin at no vector's alignment.
+  Output(Number number, int64_t count) : Output(number, count, kLine + size_of(number)) {}
+  Output(Number number, int64_t count, int64_t guard)
+      : number_(number), count_(count), guard_(guard), block_(new char[static_cast<size_t>(2 * guard + bytes())]) {
+    std::memset(block_.get(), kGuard, static_cast<size_t>(2 * guard_ + bytes()));
     std::memset(data(), 0xff, static_cast<size_t>(bytes()));
   }
-  void* data() const { return block_ ? block_.get() + guard() : nullptr; }
+  // For packed operands of any type, which are aligned to their elements.
+  static Output packed(int64_t bytes) { return {Number::bf16, bytes / 2, kLine}; }
+  void* data() const { return block_ ? block_.get() + guard_ : nullptr; }
   void* maybe() const { return count_ ? data() : nullptr; }
   int64_t count() const { return count_; }
   int64_t bytes() const { return count_ * size_of(number_); }
   double operator[](int64_t i) const { return get(number_, data(), i); }
   bool guarded() const {
-    for (int64_t i = 0; i < guard(); ++i)
-      if (block_ && (block_[i] != kGuard || block_[guard() + bytes() + i] != kGuard)) return false;
+    for (int64_t i = 0; i < guard_; ++i)
+      if (block_ && (block_[i] != kGuard || block_[guard_ + bytes() + i] != kGuard)) return false;
     return true;
   }
   bool same(const Output& other) const {
@@ -145,9 +149,9 @@ class Output {
 
  private:
   static constexpr char kGuard = 0x5a;
-  int64_t guard() const { return 64 + size_of(number_); }  // so that `data` has no vector's alignment
+  static constexpr int64_t kLine = 64;
   Number number_ = Number::f64;
-  int64_t count_ = 0;
+  int64_t count_ = 0, guard_ = 0;
   std::unique_ptr<char[]> block_;
 };
 

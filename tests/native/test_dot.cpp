@@ -67,9 +67,8 @@ TEST(outer_products_of_rows) {
             }
             for (const Input& row : left) left_rows.push_back(row.data());
             for (const Input& row : right) right_rows.push_back(row.data());
-            Output panels(Number::bf16, PYEFF_ALL_OF(panels_bytes).of[isa](number, 4, n, k) / 2);
-            Output scratch(Number::bf16, PYEFF_ALL_OF(left_panel_bytes).of[isa](number, k) / 2),
-                out(wide, rows * width);
+            Output panels = Output::packed(PYEFF_ALL_OF(panels_bytes).of[isa](number, 4, n, k));
+            Output scratch = Output::packed(PYEFF_ALL_OF(left_panel_bytes).of[isa](number, k)), out(wide, rows * width);
             PYEFF_ALL_OF(pack_panels_kn)
                 .of[isa](number, 4, n, k, right_rows.data(), stride, shifted ? shift.data() : nullptr,
                          scaled ? scale.data() : nullptr, panels.data());

@@ -104,7 +104,7 @@ void check_product(const Options& o, int64_t m, int64_t n, const std::vector<int
     std::vector<Output> panels;
     std::vector<ProductTerm> given;
     for (const TestTerm& term : terms) {
-      panels.emplace_back(Number::bf16, PYEFF_ALL_OF(panels_bytes).of[isa](o.number, o.vectors, n, term.k) / 2);
+      panels.push_back(Output::packed(PYEFF_ALL_OF(panels_bytes).of[isa](o.number, o.vectors, n, term.k)));
       void* to = panels.back().data();
       if (o.by_k)
         PYEFF_ALL_OF(pack_panels_kn)
@@ -235,7 +235,7 @@ TEST(relu_keeps_a_nan_and_nothing_negative) {
   for_each_usable_isa([&](int isa) {
     for (Number number : kNumbers) {
       Input left(number, std::vector<double>{NAN, -1, 1, 0}), right(number, std::vector<double>{1});
-      Output panels(Number::bf16, PYEFF_ALL_OF(panels_bytes).of[isa](number, 4, 1, 1) / 2), out(number, 4);
+      Output panels = Output::packed(PYEFF_ALL_OF(panels_bytes).of[isa](number, 4, 1, 1)), out(number, 4);
       PYEFF_ALL_OF(pack_panels_nk).of[isa](number, 4, 1, 1, right.data(), 1, nullptr, panels.data());
       const ProductTerm term{left.data(), 1, 1, 1, nullptr, nullptr, nullptr, panels.data()};
       const Product problem{number, number, 4, 4, 1, &term, 1, out.data(), 1, nullptr, 1, 0, true};
@@ -251,7 +251,7 @@ TEST(packing_scales_the_right_operand) {
       const int64_t n = 21, k = 9;
       Random random(5);
       Input right(number, n * k), scale(number, k), left(number, k);
-      Output panels(Number::bf16, PYEFF_ALL_OF(panels_bytes).of[isa](number, 4, n, k) / 2), out(number, n);
+      Output panels = Output::packed(PYEFF_ALL_OF(panels_bytes).of[isa](number, 4, n, k)), out(number, n);
       for (int64_t i = 0; i < n * k; ++i) right.set(i, random.uniform());
       for (int64_t i = 0; i < k; ++i) scale.set(i, random.uniform()), left.set(i, random.uniform());
       PYEFF_ALL_OF(pack_panels_nk).of[isa](number, 4, n, k, right.data(), k, scale.data(), panels.data());
@@ -283,8 +283,8 @@ TEST(linear_is_a_product_with_a_bias) {
     for_each_usable_isa([&](int isa) {
       Output first(number, rows * out);
       for (Threads& pool : pools) {
-        Output packed(Number::bf16, PYEFF_ALL_OF(linear_packed_bytes).of[isa](number, out, in) / 2),
-            y(number, rows * out);
+        Output packed = Output::packed(PYEFF_ALL_OF(linear_packed_bytes).of[isa](number, out, in)),
+               y(number, rows * out);
         PYEFF_ALL_OF(linear_pack).of[isa](number, out, in, weight.data(), packed.data(), pool.parallel());
         const pyeff::LinearProblem p{number, rows, in, out, x.data(), stride, packed.data(), bias.data(), y.data()};
         CHECK(PYEFF_ALL_OF(linear).of[isa](p, pool.parallel()));
