@@ -83,6 +83,8 @@ PYBIND11_MODULE(pyeff_dev, m) {
         py::arg("isa") = "portable", py::arg("threads") = 1);
   m.def("stream_read", &run_stream_read, py::arg("src").noconvert(), py::arg("isa") = "portable",
         py::arg("threads") = 1);
+  bind_linear(m);
+  bind_read(m);
 }
 
 }  // namespace pyeff::dev
