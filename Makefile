@@ -52,7 +52,7 @@ test: sanitize cross
 	$(MAKE) --no-print-directory pytest
 
 pytest: install
-	PYEFF_TEST_REQUIRE=cpu $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	PYEFF_TEST_REQUIRE=cpu,dev $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.requirements
 	$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_SANITIZE=address,undefined >/dev/null
@@ -69,8 +69,9 @@ cross: $(VENV)/.requirements
 	$(CMAKE) -S . -B build/arm64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_TORCH=OFF \
 	    -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS) >/dev/null; \
 	$(CMAKE) --build build/arm64 --target pyeff_native; \
-	if command -v qemu-aarch64 >/dev/null; then qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm64/pyeff_native; \
-	else echo "cross: built for arm64; not run (no qemu-aarch64)"; fi
+	for qemu in qemu-aarch64 qemu-aarch64-static; do \
+	    if command -v $$qemu >/dev/null; then exec $$qemu -L /usr/aarch64-linux-gnu build/arm64/pyeff_native; fi; done; \
+	echo "cross: built for arm64; not run (no qemu-aarch64)"
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks import kernels
 from tests import helpers
 
 try:
@@ -239,6 +240,16 @@ def test_read_gradients_are_the_same_alone(isa):
         alone = problem.backward(phi, saved, **grads, **states(a), wanted=[name])
         assert list(alone) == [name]
         np.testing.assert_array_equal(alone[name], together[name])
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("match", ["linear 64", "dot", "gru 1 forward", "lstm 1 backward"])
+def test_microbenchmark_runs_what_it_is_told(dtype, match, capsys):
+    assert kernels.main(["--match", match, "--turns", "1", "--dtype", dtype]) == 0
+    header, _, row = capsys.readouterr().out.splitlines()
+    assert header.startswith(dtype)
+    assert match in row
+    assert row.endswith("%")
 
 
 # ---- bad arguments: an exception that names them, never a crash ----

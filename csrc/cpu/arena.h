@@ -3,6 +3,9 @@
 
 #include "memory.h"
 #include "simd.h"
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace pyeff {
 namespace PYEFF_ISA {
@@ -28,6 +31,11 @@ struct Arena {
     used = (used + 63) / 64 * 64;
     T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
     used += count * int64_t(sizeof(T));
+#if defined(__SANITIZE_ADDRESS__)
+    // A gap, so that a step past the end of a piece is seen.
+    if (base) __asan_poison_memory_region(base + used, 64);
+    used += 64;
+#endif
     return piece;
   }
 };
