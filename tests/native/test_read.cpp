@@ -107,7 +107,7 @@ std::vector<Buffer> run(int isa, Number number, Cell cell, Norm norm, bool full,
          shift = optional(full && norm == Norm::layer, s.width, 6);
   Buffer h0 = optional(full, state, 7), c0 = optional(full && lstm, state, 8);
   Buffer grad_out = optional(true, state, 9), grad_c = optional(full && lstm, state, 10);
-  const ReadProblem problem{number,      cell,         norm,        full ? Reduce::mean : Reduce::last,
+  const ReadProblem problem{number, number, cell,         norm,        full ? Reduce::mean : Reduce::last,
                             1e-6,        s.layers,     s.tokens,    s.width,
                             s.rank,      views.data(), w_ih.data(), w_hh.data(),
                             b_ih.data(), b_hh.data(),  gain.data(), shift.data(),
