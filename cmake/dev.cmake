@@ -7,5 +7,5 @@ find_package(pybind11 REQUIRED CONFIG HINTS "${PYEFF_PYBIND11}")
 
 file(GLOB PYEFF_DEV_SOURCES CONFIGURE_DEPENDS csrc/dev/*.cpp)
 pybind11_add_module(pyeff_dev MODULE NO_EXTRAS ${PYEFF_DEV_SOURCES})
-target_link_libraries(pyeff_dev PRIVATE pyeff_kernels Threads::Threads)
+target_link_libraries(pyeff_dev PRIVATE pyeff_probes)
 set_target_properties(pyeff_dev PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${CMAKE_SOURCE_DIR}/build/dev")

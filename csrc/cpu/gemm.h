@@ -99,7 +99,7 @@ struct GemmBlocking {
   static constexpr int64_t kRows = 96, kPanels = 12, kSteps = 1024;
 };
 
-// C[i][j] = epilogue(i, j, sum of terms). Returns false when there is no memory for the scratch.
+// C[i][j] = epilogue(i, j, sum of terms); a sum may be empty. Returns false when there is no memory for the scratch.
 template <class T, int NV, class P, class Epilogue>
 bool multiply(const Parallel& parallel, int64_t m, int64_t n, const Term<T, P>* terms, int count,
               const Epilogue& epilogue) {
@@ -110,6 +110,7 @@ bool multiply(const Parallel& parallel, int64_t m, int64_t n, const Term<T, P>* 
   constexpr int MR = kTileRows<NV>, kWidth = NV * kLanes<C>;
   constexpr int64_t kStride = Block::kSteps + 64 / int64_t(sizeof(Element));
 
+  if (m <= 0 || n <= 0) return true;
   const int64_t panels = ceil_div(n, kWidth), row_blocks = ceil_div(m, Block::kRows);
   int64_t groups = ceil_div(panels, Block::kPanels);
   // Enough tasks that no thread waits long for the last one.
@@ -121,6 +122,12 @@ bool multiply(const Parallel& parallel, int64_t m, int64_t n, const Term<T, P>* 
   for (int t = 0; t < count; ++t) {
     chunks += ceil_div(steps<Op>(terms[t].left.k), Block::kSteps);
     packs |= !terms[t].left.in_place();
+  }
+  if (chunks == 0) {  // an empty sum has an epilogue, too
+    for_each_task(parallel, m, [&](int64_t row) {
+      for (int64_t column = 0; column < n; column += kLanes<C>) epilogue(row, column, Vec<C>{}, n - column);
+    });
+    return true;
   }
   const int64_t group_panels = ceil_div(panels, groups);
   Arena layout(nullptr);

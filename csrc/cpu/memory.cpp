@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #if defined(__linux__)
@@ -11,8 +12,8 @@ namespace {
 
 constexpr int64_t kHugePage = int64_t(2) << 20;
 
-bool poison() {
-  static const bool on = [] {
+std::atomic<bool>& poison() {
+  static std::atomic<bool> on = [] {
     const char* value = std::getenv("PYEFF_POISON_SCRATCH");
     return value && std::strcmp(value, "1") == 0;
   }();
@@ -26,11 +27,13 @@ void* scratch_allocate(int64_t bytes) {
   const bool large = bytes >= 2 * kHugePage;
   if (posix_memalign(&block, large ? kHugePage : 64, size_t(bytes + 64))) return nullptr;
   if (large) expect_writes(block, bytes);
-  if (poison()) std::memset(block, 0xff, size_t(bytes + 64));
+  if (poison().load(std::memory_order_relaxed)) std::memset(block, 0xff, size_t(bytes + 64));
   return block;
 }
 
 void scratch_free(void* block) { std::free(block); }
+
+void poison_scratch(bool on) { poison().store(on, std::memory_order_relaxed); }
 
 void expect_writes(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -107,7 +107,12 @@ struct ReadBlock {
 
   PYEFF_INLINE void set_state(int which, int64_t n, int64_t u, V h) {
     store(w.state[which] + n * s.units + u, h);
-    if constexpr (Op::kPack == 2) store(reinterpret_cast<bf16*>(w.operand[which] + n * w.operand_stride) + u, h);
+    if constexpr (Op::kPack == 2) {
+      bf16* row = reinterpret_cast<bf16*>(w.operand[which] + n * w.operand_stride);
+      store(row + u, h);
+      // The last pair of an odd rank reaches one lane past the units, which may hold NaN (0 times infinity).
+      if (s.rank % 2 && u < s.rank && s.rank < u + kUnits) row[s.rank] = bf16{};
+    }
   }
 
   void save_statistics(int64_t layer, int64_t first, int64_t count) {

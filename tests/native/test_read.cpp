@@ -1,162 +1,155 @@
-// READ's kernels on buffers of exactly the right size, so that a sanitizer sees every step outside them. What they
-// compute is tested from Python against the definition; here only that all of it is written, and the same for any
-// thread count.
-#include <cmath>
-#include <cstring>
-
-#include "check.h"
-#include "cpu/read.h"
+// READ's kernels against their definition, and their promises: nothing depends on the number of threads, on what lies
+// in the scratch, or on what else is asked for.
+#include "cpu/memory.h"
 #include "dev/threads.h"
-#include "usable.h"
+#include "read_call.h"
 
-using namespace pyeff;
+using namespace check;
+using pyeff::Cell;
+using pyeff::Norm;
+using pyeff::Reduce;
+using pyeff::dev::Threads;
 
 namespace {
 
-struct Shape {
-  int64_t layers, tokens, width, rank;
-};
+constexpr Cell kCells[] = {Cell::rnn, Cell::gru, Cell::lstm};
+constexpr Norm kNorms[] = {Norm::rms, Norm::layer, Norm::none};
+constexpr Reduce kReductions[] = {Reduce::mean, Reduce::last};
 
-// Odd sizes around the tiles' edges, and one of each.
-constexpr Shape kShapes[] = {{1, 1, 1, 1}, {3, 7, 5, 3}, {2, 65, 33, 17}, {2, 40, 64, 48}};
+const pyeff::Parallel& threads(int i) {
+  static Threads one(1), two(2), five(5);
+  static const pyeff::Parallel all[] = {one.parallel(), two.parallel(), five.parallel()};
+  return all[i];
+}
 
-int64_t size_of(Number number) { return number == Number::f64 ? 8 : number == Number::f32 ? 4 : 2; }
+Layout layout_for(Random& random, Norm norm) {
+  const Layout layout = random.pick(kLayouts);
+  // The layer norm of equal numbers is nothing but rounding errors.
+  return norm == Norm::layer && layout == Layout::broadcast_width ? Layout::strided : layout;
+}
 
-struct Buffer {
-  Number number;
-  std::vector<unsigned char> bytes;
-
-  // All ones are a NaN in every type: what a kernel does not write shows.
-  Buffer(Number number, int64_t count) : number(number), bytes(count * size_of(number), 0xff) {}
-  int64_t count() const { return static_cast<int64_t>(bytes.size()) / size_of(number); }
-  void* data() { return bytes.empty() ? nullptr : bytes.data(); }
-
-  void set(int64_t i, double value) {
-    const float narrow = static_cast<float>(value);
-    if (number == Number::f64) {
-      std::memcpy(&bytes[8 * i], &value, 8);
-    } else if (number == Number::f32) {
-      std::memcpy(&bytes[4 * i], &narrow, 4);
-    } else {
-      uint32_t bits;
-      std::memcpy(&bits, &narrow, 4);
-      const uint16_t high = static_cast<uint16_t>(bits >> 16);
-      std::memcpy(&bytes[2 * i], &high, 2);
+// Everything about one call: right in every instruction set, gates saved or computed again, on 1, 2 and 5 threads, with
+// scratch that is poisoned or not.
+void check_call(const ReadCall& call) {
+  const ReadTruth truth = truth_of(call), same_type = same_type_of(call);
+  for_each_usable_isa([&](int isa) {
+    for (bool save_gates : {true, false}) {
+      ForwardOutputs first;
+      BackwardOutputs first_back;
+      for (int i = 0; i < 3; ++i) {
+        pyeff::poison_scratch(i > 0);
+        ForwardOutputs outputs = call.forward(isa, threads(i), true, save_gates);
+        BackwardOutputs gradients = call.backward(isa, threads(i), outputs);
+        if (i == 0) {
+          call.check(isa, outputs, truth, same_type);
+          call.check(isa, gradients, truth, same_type);
+          first = std::move(outputs);
+          first_back = std::move(gradients);
+        } else {
+          CHECK(same(first, outputs) && same(first_back, gradients));
+        }
+      }
+      pyeff::poison_scratch(true);
+      const ForwardOutputs again = call.forward(isa, threads(0), true, save_gates);
+      CHECK(same(first, again) && same(first_back, call.backward(isa, threads(0), again)));
+      CHECK(first.out.same(call.forward(isa, threads(1), false, false).out));
+      pyeff::poison_scratch(false);
     }
-  }
-  double get(int64_t i) const {
-    double wide = 0;
-    float narrow = 0;
-    if (number == Number::f64) {
-      std::memcpy(&wide, &bytes[8 * i], 8);
-      return wide;
-    }
-    if (number == Number::f32) {
-      std::memcpy(&narrow, &bytes[4 * i], 4);
-    } else {
-      uint16_t high;
-      std::memcpy(&high, &bytes[2 * i], 2);
-      const uint32_t bits = static_cast<uint32_t>(high) << 16;
-      std::memcpy(&narrow, &bits, 4);
-    }
-    return narrow;
-  }
-  // Numbers between -1/2 and 1/2 from a congruential generator.
-  Buffer& fill(uint32_t seed) {
-    uint32_t state = seed * 2654435761u + 1;
-    for (int64_t i = 0; i < count(); ++i) set(i, ((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-24 - 0.5);
-    return *this;
-  }
-  bool finite() const {
-    for (int64_t i = 0; i < count(); ++i) {
-      if (!std::isfinite(get(i))) return false;
-    }
-    return true;
-  }
-};
-
-// One call forward and backward. `full` has every optional argument, gradient and saved gate; otherwise there are none
-// of them, and the gates are computed again.
-std::vector<Buffer> run(int isa, Number number, Cell cell, Norm norm, bool full, const Shape& s, int threads) {
-  const bool lstm = cell == Cell::lstm;
-  const int64_t rows = (cell == Cell::rnn ? 1 : cell == Cell::gru ? 3 : 4) * s.rank, state = s.tokens * s.rank;
-  const int64_t kinds = norm == Norm::none ? 0 : norm == Norm::rms ? 1 : 2;
-  const Number wide = number == Number::f64 ? Number::f64 : Number::f32;
-  dev::Threads pool(threads);
-
-  // Layer outputs with gaps: between the numbers of a row if full, else between the rows.
-  const int64_t inner = full ? 2 : 1, stride = full ? 2 * s.width : s.width + 3;
-  std::vector<Buffer> phi, dphi;
-  std::vector<ReadRows> views;
-  std::vector<void*> dphi_data;
-  for (int64_t i = 0; i < s.layers; ++i) {
-    phi.push_back(Buffer(number, (s.tokens - 1) * stride + (s.width - 1) * inner + 1).fill(100 + i));
-    dphi.emplace_back(number, full ? s.tokens * s.width : 0);
-  }
-  for (int64_t i = 0; i < s.layers; ++i) {
-    views.push_back({phi[i].data(), inner, 1, {s.tokens}, {stride}});
-    dphi_data.push_back(dphi[i].data());
-  }
-
-  auto optional = [&](bool there, int64_t count, uint32_t seed) {
-    return Buffer(number, there ? count : 0).fill(seed);
-  };
-  Buffer w_ih = optional(true, rows * s.width, 1), w_hh = optional(true, rows * s.rank, 2);
-  Buffer b_ih = optional(full, rows, 3), b_hh = optional(full, rows, 4);
-  Buffer gain = optional(full && norm != Norm::none, s.width, 5),
-         shift = optional(full && norm == Norm::layer, s.width, 6);
-  Buffer h0 = optional(full, state, 7), c0 = optional(full && lstm, state, 8);
-  Buffer grad_out = optional(true, state, 9), grad_c = optional(full && lstm, state, 10);
-  const ReadProblem problem{number, number, cell,         norm,        full ? Reduce::mean : Reduce::last,
-                            1e-6,        s.layers,     s.tokens,    s.width,
-                            s.rank,      views.data(), w_ih.data(), w_hh.data(),
-                            b_ih.data(), b_hh.data(),  gain.data(), shift.data(),
-                            h0.data(),   c0.data()};
-
-  Buffer out(number, state), c_last(number, lstm ? state : 0), h(number, s.layers * state);
-  Buffer c(number, lstm ? s.layers * state : 0), gates(number, full && cell != Cell::rnn ? 4 * s.layers * state : 0);
-  Buffer stats(wide, kinds * s.layers * s.tokens);
-  const ReadForward forward{out.data(), c_last.data(), h.data(), c.data(), gates.data(), stats.data()};
-  CHECK(PYEFF_ALL_OF(read_forward).of[isa](problem, forward, pool.parallel()));
-
-  // Inference keeps nothing and gives the same.
-  Buffer alone(number, state), c_alone(number, lstm ? state : 0);
-  const ReadForward inference{alone.data(), c_alone.data(), nullptr, nullptr, nullptr, nullptr};
-  CHECK(PYEFF_ALL_OF(read_forward).of[isa](problem, inference, pool.parallel()));
-  CHECK(alone.finite() && c_alone.finite());
-
-  Buffer dw_ih(number, rows * s.width), dw_hh(number, rows * s.rank), db_ih(number, b_ih.count());
-  Buffer db_hh(number, b_hh.count()), dgain(number, gain.count()), dshift(number, shift.count());
-  Buffer dh0(number, h0.count()), dc0(number, c0.count());
-  const ReadBackward backward{grad_out.data(), grad_c.data(),    h.data(),      c.data(),     gates.data(),
-                              stats.data(),    dphi_data.data(), dw_ih.data(),  dw_hh.data(), db_ih.data(),
-                              db_hh.data(),    dgain.data(),     dshift.data(), dh0.data(),   dc0.data()};
-  CHECK(PYEFF_ALL_OF(read_backward).of[isa](problem, backward, pool.parallel()));
-
-  std::vector<Buffer> results{out, c_last, h, c, gates, stats, dw_ih, dw_hh, db_ih, db_hh, dgain, dshift, dh0, dc0};
-  results.insert(results.end(), dphi.begin(), dphi.end());
-  return results;
+  });
 }
 
 }  // namespace
 
-TEST(read_writes_all_and_the_same_for_any_thread_count) {
-  for_each_usable_isa([](int isa) {
-    for (Number number : {Number::f64, Number::f32, Number::bf16}) {
-      for (Cell cell : {Cell::rnn, Cell::gru, Cell::lstm}) {
-        for (Norm norm : {Norm::rms, Norm::layer, Norm::none}) {
-          for (bool full : {false, true}) {
-            for (const Shape& shape : kShapes) {
-              const auto one = run(isa, number, cell, norm, full, shape, 1);
-              const auto three = run(isa, number, cell, norm, full, shape, 3);
-              for (size_t i = 0; i < one.size(); ++i) {
-                CHECK(one[i].finite());
-                CHECK(one[i].bytes == three[i].bytes);
-              }
-            }
+TEST(read_is_right_for_every_cell_norm_reduction_and_type) {
+  const int64_t tokens[] = {1, 2, 13, 63, 97}, ranks[] = {5, 33, 70}, widths[] = {5, 33, 70, 6, 64};
+  uint64_t seed = 0;
+  for (int sample = 0; sample < (kSanitized ? 1 : 4); ++sample)
+    for (Number number : kNumbers)
+      for (Cell cell : kCells)
+        for (Norm norm : kNorms)
+          for (Reduce reduce : kReductions) {
+            Random random(++seed);
+            ReadOptions o;
+            for (bool* option : {&o.b_ih, &o.b_hh, &o.norm_weight, &o.norm_bias, &o.h0, &o.c0}) *option = random.coin();
+            // Either gradient may be missing, not both.
+            const int64_t which = random.below(3);
+            o.grad_out = which != 0 || cell != Cell::lstm, o.grad_c = which != 1;
+            for (Layout& layout : o.layouts) layout = layout_for(random, norm);
+            const ReadSizes sizes{
+                cell, norm, reduce, 1 + random.below(4), random.pick(tokens), random.pick(widths), random.pick(ranks)};
+            check_call(ReadCall(number, sizes, o, seed));
           }
-        }
-      }
+}
+
+// Every size, with every layout of phi, the same in all layers and different ones: by a cell each.
+TEST(read_takes_every_size_and_layout) {
+  uint64_t seed = 5000;
+  for (int64_t tokens : {1, 12, 16, 17, 60})
+    for (Layout layout : kLayouts) {
+      Random random(++seed);
+      const Norm norm = layout == Layout::broadcast_width ? Norm::rms : random.pick(kNorms);
+      // The layer norm of two numbers is 1 and -1: its gradient is nothing but rounding errors.
+      ReadOptions o;
+      o.layouts[0] = layout, o.layouts[1] = random.coin() ? layout : Layout::dense, o.layouts[2] = layout;
+      const ReadSizes sizes{random.pick(kCells), norm,   random.pick(kReductions),
+                            1 + random.below(5), tokens, (norm == Norm::layer ? 3 : 1) + random.below(20),
+                            1 + random.below(20)};
+      check_call(ReadCall(random.pick(kNumbers), sizes, o, seed));
     }
-  });
+}
+
+// More tokens than one unit of the weights' sums and than one chunk, more columns than are packed together, and a small
+// call whose steps are shared among the threads.
+TEST(read_takes_sizes_beyond_every_block) {
+  uint64_t seed = 6000;
+  for (Number number : kNumbers)
+    for (Cell cell : kCells) {
+      Random random(++seed);
+      ReadOptions o;
+      for (Layout& layout : o.layouts) layout = random.coin() ? Layout::dense : Layout::padded;
+      const Norm norm = random.pick(kNorms);
+      const Reduce reduce = random.pick(kReductions);
+      if (!kSanitized || cell == Cell::gru) {
+        check_call(ReadCall(number, {cell, norm, reduce, 2, number == Number::bf16 ? 1100 : 610, 9, 5}, o, ++seed));
+        check_call(ReadCall(number, {cell, norm, reduce, 2, 20, kSanitized ? 400 : 500, 7}, o, ++seed));
+      }
+      if (!kSanitized) check_call(ReadCall(number, {cell, norm, reduce, 3, 20, 11, 301}, o, ++seed));
+      check_call(ReadCall(number, {cell, norm, reduce, 2, 13, 10, cell == Cell::rnn ? 128 : 70}, o, ++seed));
+      // The mean: from the last layer alone nothing but denormal numbers would reach the first.
+      check_call(ReadCall(number, {cell, norm, Reduce::mean, kSanitized ? 20 : 128, 3, 6, 4}, o, ++seed));
+    }
+}
+
+// What is not wanted is not computed, and what is comes out as if all were.
+TEST(every_gradient_can_be_wanted_alone) {
+  uint64_t seed = 7000;
+  for (Number number : kNumbers)
+    for (Cell cell : kCells)
+      for (Norm norm : kNorms)
+        for (bool state : {false, true}) {
+          Random random(++seed);
+          ReadOptions o;
+          o.h0 = o.c0 = state;
+          o.layouts[1] = Layout::strided;  // unequal inner strides among the layers
+          const ReadSizes sizes{cell, norm, random.pick(kReductions), state ? 3 : 1 + random.below(2), 19, 23, 11};
+          const ReadCall call(number, sizes, o, seed);
+          for_each_usable_isa([&](int isa) {
+            const bool save_gates = random.coin();
+            const ForwardOutputs saved = call.forward(isa, threads(0), true, save_gates);
+            const BackwardOutputs all = call.backward(isa, threads(0), saved);
+            for (int64_t only = 0; only < call.gradients(); ++only) {
+              pyeff::poison_scratch(only % 2);
+              const BackwardOutputs one = call.backward(isa, threads(static_cast<int>(only % 3)), saved, {only});
+              std::vector<const Output*> a, b;
+              for (auto [from, to] : {std::pair{&all, &a}, std::pair{&one, &b}}) {
+                for (const Output& dphi : from->dphi) to->push_back(&dphi);
+                for (const Output* output : {&from->dw_ih, &from->dw_hh, &from->db_ih, &from->db_hh,
+                                             &from->dnorm_weight, &from->dnorm_bias, &from->dh0, &from->dc0})
+                  to->push_back(output);
+              }
+              for (int64_t i = 0; i < call.gradients(); ++i) CHECK(i == only ? a[i]->same(*b[i]) : b[i]->count() == 0);
+            }
+            pyeff::poison_scratch(false);
+          });
+        }
 }

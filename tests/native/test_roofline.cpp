@@ -4,8 +4,9 @@
 #include "check.h"
 #include "cpu/roofline.h"
 #include "dev/threads.h"
-#include "usable.h"
+#include "support.h"
 
+using check::for_each_usable_isa;
 using pyeff::dev::Threads;
 
 TEST(threads_cover_the_range_once) {
