@@ -242,20 +242,26 @@ def test_repeats_are_bitwise_equal(backend, cell, dtype):
 
 @dtypes
 @pytest.mark.parametrize("cell", CELLS)
-def test_thread_count_changes_no_bit_of_a_token(kernels, cell, dtype):
-    """Tokens are computed one by one: neither outputs nor their own gradients depend on how they are shared out."""
-    call = make_read(cell, "layer", lead=(301,), dtype=dtype, d=65, r=33)
-    wanted = [n for n in call.tensors if n.startswith("phi") or n in ("h0", "c0")]
-    grad_out, threads, found = torch.randn(301, call.rank), torch.get_num_threads(), []
+def test_thread_count_changes_no_bit(kernels, cell, dtype):
+    """Tokens are shared out to threads, sums over tokens are not: no result depends on how many threads there are."""
+    call = make_read(cell, "layer", lead=(613,), dtype=dtype, d=65, r=33)
+    grad_out, threads, found = torch.randn(613, call.rank), torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            found.append(helpers.gradients(call, wanted, grad_out))
-            check_read(call, call.tensors)
+            found.append(helpers.gradients(call, call.tensors, grad_out))
     finally:
         torch.set_num_threads(threads)
+    check_read(call, call.tensors)
     for name in found[0]:
         assert all(torch.equal(found[0][name], other[name]) for other in found[1:]), name
+
+
+@pytest.mark.parametrize("lead", [(2, 1, 2, 1, 2, 2, 1, 2), (2, 2, 2, 1, 2, 2, 2, 2, 2)], ids=shape_id)
+def test_many_leading_dimensions(backend, lead):
+    """More dimensions than a kernel can walk by strides, stored in an order that does not fold."""
+    call = make_read("gru", lead=lead, layers=2, d=7, r=5, strides=("permuted",), dtype=torch.float32)
+    check_read(call, call.tensors)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])

@@ -17,7 +17,8 @@ from tests.helpers import CELLS, DTYPES, NORMS, REDUCTIONS, check_read, make_rea
 def calls(draw, dtypes=DTYPES, norms=NORMS, cells=CELLS, reductions=REDUCTIONS, min_tokens=0):
     lead = tuple(draw(st.lists(st.integers(min_tokens and 1, 9), max_size=3)))
     if draw(st.booleans()):
-        lead = (draw(st.integers(max(1, min_tokens), 80)),)
+        # The kernels take tokens in groups of 8, blocks of 96 and chunks of 256 or 512.
+        lead = (draw(st.integers(1, 80) | st.sampled_from([95, 96, 97, 255, 256, 257, 511, 513])),)
     return make_read(
         draw(st.sampled_from(cells)), draw(st.sampled_from(norms)), draw(st.sampled_from(reductions)), lead=lead,
         layers=draw(st.integers(1, 6)), d=draw(st.integers(1, 70)), r=draw(st.integers(1, 40)),
