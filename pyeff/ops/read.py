@@ -239,7 +239,8 @@ def _cast(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | Non
 
 def _prepare(op: str, phi: list[Tensor], rest: list[Tensor | None], options: tuple, backend: str):
     """Casts and checks the tensors of a call, and chooses its backend."""
-    for name, t in zip(("w_ih", "w_hh", *["phi"] * len(phi)), (*rest[:2], *phi), strict=True):
+    phi_names = ["phi_i"] if op == "read_step" else [f"phi[{i}]" for i in range(len(phi))]
+    for name, t in zip(("w_ih", "w_hh", *phi_names), (*rest[:2], *phi), strict=True):
         if not isinstance(t, Tensor):  # a schema's Tensor lets None pass
             raise ValueError(f"{op}: {name} is {t!r}, expected a tensor")
     dtype = _autocast_dtype(rest[0].device)
