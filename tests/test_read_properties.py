@@ -25,13 +25,13 @@ def calls(draw, dtypes=DTYPES, norms=NORMS, cells=CELLS, reductions=REDUCTIONS, 
         dtype=draw(st.sampled_from(dtypes)), bias=draw(st.booleans()), state=draw(st.booleans()),
         affine=draw(st.booleans()), eps=draw(st.sampled_from([1e-6, 1e-5, 0.1])), seed=draw(st.integers(0, 2**20)),
         strides=tuple(draw(st.lists(st.sampled_from(helpers.STRIDES), min_size=1, max_size=3))),
-        weight_strides=draw(st.sampled_from(helpers.STRIDES)),
+        weight_strides=draw(st.sampled_from([k for k in helpers.STRIDES if k != "expanded"])),
     )  # fmt: skip
 
 
 def close(call: helpers.Read, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Two ways to compute one thing differ by what rounding does to each."""
-    scale = b.abs().max().item() if b.numel() else 0.0
+    scale = max(1.0, b.abs().max().item()) if b.numel() else 0.0
     return helpers.error(a, b) <= 2 * helpers.rounding(b.dtype, call.terms("out"), scale)
 
 
