@@ -80,11 +80,12 @@ def test_dotted_names_resolve(page):
 
 @each_page
 def test_constants_are_those_of_the_code(page):
-    """`kReadBlock = 96` in a page is a line of a kernel."""
-    sources = " ".join(path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+    """`kReadBlock = 96` in a page is in a kernel, `SUM_CONSTANT = 2.0` in a module."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".h", ".cpp", ".py")]
+    sources = "\n".join(path.read_text() for path in files if path != Path(__file__))
     for text in quoted(page):
-        if re.fullmatch(r"k[A-Z]\w* = \d+", text):
-            assert re.search(rf"\b{re.escape(text)}\b", sources), text
+        if re.fullmatch(r"(k[A-Z]\w*|[A-Z][A-Z_]+) = [\d.e-]+", text):
+            assert re.search(rf"\b{re.escape(text)}(?![\w.])", sources), text
 
 
 @each_page
