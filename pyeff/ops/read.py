@@ -1,7 +1,8 @@
 """READ's recurrence as an op: schema, checks, autocast, fake kernels and autograd.
 
-``pyeff::read_recurrence`` and ``pyeff::read_step`` check, cast and choose a backend. The ``reference`` is differentiated
-by PyTorch; the kernels sit behind ``pyeff::read_forward`` and ``pyeff::read_backward``, which hold the autograd formula.
+``pyeff::read_recurrence`` and ``pyeff::read_step`` check, cast and choose a backend. The ``reference`` is
+differentiated by PyTorch; the kernels sit behind ``pyeff::read_forward`` and ``pyeff::read_backward``, which hold the
+autograd formula.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAVE_NOTHING, SAVE_STATES, SAVE_GATES = 0, 1, 2
 
 _WEIGHTS = (
-    "Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, Tensor? b_hh=None, *, Tensor? norm_weight=None, Tensor? norm_bias=None"
+    "Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, Tensor? b_hh=None, *, "
+    "Tensor? norm_weight=None, Tensor? norm_bias=None"
 )
 _INNER = (
     "Tensor[] phi, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? norm_weight, Tensor? norm_bias, "
@@ -69,9 +71,9 @@ def read_recurrence(
 ) -> Tensor:
     """READ: a recurrent network over the depth of a frozen one, for every token on its own.
 
-    ``x_i = norm(phi_i)``, ``h_i = Cell(x_i, h_{i-1})`` with one set of weights for all layers, and the mean of the h_i or
-    the last. The norm's weight is folded into ``w_ih``, so that no gradient of width d is formed unless some phi asks for
-    its own; nothing of width d is saved beyond references to ``phi``.
+    ``x_i = norm(phi_i)``, ``h_i = Cell(x_i, h_{i-1})`` with one set of weights for all layers, and the mean of the h_i
+    or the last. The norm's weight is folded into ``w_ih``, so that no gradient of width d is formed unless some phi
+    asks for its own; nothing of width d is saved beyond references to ``phi``.
 
     Args:
         phi (sequence of Tensor): L tensors [*, d], the layer outputs, of any strides; they are not copied or stacked.
@@ -84,14 +86,15 @@ def read_recurrence(
         norm (str): ``"rms"``, ``"layer"`` or ``"none"``, over d, with statistics in at least float32.
         eps (float): added to the mean square (or variance).
         reduce (str): ``"mean"`` over the layers or ``"last"``.
-        recompute (bool): compute the gates again in the backward instead of saving them: 4 r numbers a token and layer less
-            for GRU and LSTM, for the time of one more forward.
+        recompute (bool): compute the gates again in the backward instead of saving them: 4 r numbers a token and layer
+            less for GRU and LSTM, for the time of one more forward.
 
     Returns:
         Tensor: [*, r], in the dtype of the weights.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other, an unknown option, or an option that cannot apply.
+        ValueError: shapes, dtypes or devices that do not fit each other, an unknown option, or an option that cannot
+            apply.
         RuntimeError: a backend was named that cannot serve the call; or a double backward.
 
     All tensors have one dtype, float64, float32 or bfloat16 (float16 by the reference); under autocast the weights and
@@ -295,8 +298,9 @@ def _step(
         zero = torch.zeros_like(h if h is not None else c)
         state = (zero if h is None else h, zero if c is None else c)
     state = reference.read_step(
-        phi_i, state, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm, eps=eps
-    )
+        phi_i, state, w_ih, w_hh, b_ih, b_hh,
+        norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm, eps=eps,
+    )  # fmt: skip
     return state if cell == "lstm" else (state, state.new_empty(0))
 
 
