@@ -8,6 +8,7 @@ autograd formula.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -293,7 +294,7 @@ def _step(
     if chosen != "reference":
         save = _save_mode([phi_i, *rest], False)
         return torch.ops.pyeff.read_forward([phi_i], *rest, cell, norm, eps, "last", save)[:2]
-    state = h
+    state: Any = h
     if cell == "lstm" and not (h is None and c is None):
         zero = torch.zeros_like(h if h is not None else c)
         state = (zero if h is None else h, zero if c is None else c)
