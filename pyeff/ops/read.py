@@ -236,12 +236,14 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def _cast(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+def _cast(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     """Floating-point tensors in autocast's dtype; float64 is left alone."""
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
-def _prepare(op: str, phi: list[Tensor], rest: list[Tensor | None], options: tuple, backend: str):
+def _prepare(
+    op: str, phi: list[Tensor], rest: list[Any], backend: str, **options
+) -> tuple[list[Tensor], list[Any], str]:
     """Casts and checks the tensors of a call, and chooses its backend."""
     phi_names = ["phi_i"] if op == "read_step" else [f"phi[{i}]" for i in range(len(phi))]
     for name, t in zip(("w_ih", "w_hh", *phi_names), (*rest[:2], *phi), strict=True):
@@ -249,16 +251,16 @@ def _prepare(op: str, phi: list[Tensor], rest: list[Tensor | None], options: tup
             raise ValueError(f"{op}: {name} is {t!r}, expected a tensor")
     dtype = _autocast_dtype(rest[0].device)
     if dtype is None:
-        _check(op, phi, *rest, *options)
+        _check(op, phi, *rest, **options)
         return phi, rest, backends.choose(op, rest[0].device, rest[0].dtype, backend)
     rest = _cast(rest, dtype)
     chosen = backends.choose(op, rest[0].device, rest[0].dtype, backend)
     # The kernels round a float32 phi as they pack it: no copy is made, and none is kept for the backward.
     if chosen == "cpu" and dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in phi):
-        _check(op, phi, *rest, *options, phi_dtype=torch.float32)
+        options["phi_dtype"] = torch.float32
     else:
         phi = _cast(phi, dtype)
-        _check(op, phi, *rest, *options)
+    _check(op, phi, *rest, **options)
     return phi, rest, chosen
 
 
@@ -273,7 +275,7 @@ def _recurrence(
     cell="gru", norm="rms", eps=1e-6, reduce="mean", recompute=False, backend="",
 ):  # fmt: skip
     rest = [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0]
-    phi, rest, chosen = _prepare("read_recurrence", phi, rest, (cell, norm, eps, reduce), backend)
+    phi, rest, chosen = _prepare("read_recurrence", phi, rest, backend, cell=cell, norm=norm, eps=eps, reduce=reduce)
     w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0 = rest
     if chosen == "reference":
         return reference.read_recurrence(
@@ -289,7 +291,7 @@ def _step(
     cell="gru", norm="rms", eps=1e-6, backend="",
 ):  # fmt: skip
     rest = [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c]
-    (phi_i,), rest, chosen = _prepare("read_step", [phi_i], rest, (cell, norm, eps), backend)
+    (phi_i,), rest, chosen = _prepare("read_step", [phi_i], rest, backend, cell=cell, norm=norm, eps=eps)
     w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c = rest
     if chosen != "reference":
         save = _save_mode([phi_i, *rest], False)
