@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyeff
 from tests import helpers
@@ -328,12 +329,30 @@ def test_saved_for_backward(kernels, cell, norm, dtype, recompute):
     assert not [t.shape for t in kept if d in t.shape and t.numel() >= 512 * d]
 
 
-def test_nothing_is_saved_without_gradients(kernels):
-    call = make_read("lstm")
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
+class Allocations(TorchDispatchMode):
+    """Counts the elements of what READ's forward returns beside its results."""
+
+    kept = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        found = function(*arguments, **(keywords or {}))
+        if function is torch.ops.pyeff.read_forward.default:
+            self.kept += sum(t.numel() for t in found[2:])
+        return found
+
+
+@pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
+def test_nothing_is_kept_without_gradients(kernels, cell, norm):
+    """Inference allocates no states, gates or statistics."""
+    call = make_read(cell, norm)
+    with Allocations() as frozen:
         assert not call().requires_grad
-    assert not kept
+    with Allocations() as no_grad, torch.no_grad():
+        call.require_grad(["w_ih"])()
+    assert frozen.kept == no_grad.kept == 0
+    with Allocations() as training:
+        call.require_grad(["w_ih"])()
+    assert training.kept > 0
 
 
 def test_float16_is_served_by_the_reference():
