@@ -1,8 +1,8 @@
 """pyeff: fused kernels for reusing large networks.
 
-``pyeff.ops`` holds the operations, ``pyeff.reference`` their definitions in plain PyTorch, ``pyeff.nn`` the modules and
-``pyeff.recipes`` the workflows on real models. ``pyeff.info()`` says which implementation of each operation runs on this
-machine, and why the others do not.
+``pyeff.ops`` holds the operations, ``pyeff.reference`` their definitions in plain PyTorch, ``pyeff.nn`` the modules
+and ``pyeff.recipes`` the workflows on real models. ``pyeff.info()`` says which implementation of each operation runs on
+this machine, and why the others do not.
 """
 
 from __future__ import annotations

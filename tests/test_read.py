@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyeff
 from tests import helpers
@@ -242,20 +243,26 @@ def test_repeats_are_bitwise_equal(backend, cell, dtype):
 
 @dtypes
 @pytest.mark.parametrize("cell", CELLS)
-def test_thread_count_changes_no_bit_of_a_token(kernels, cell, dtype):
-    """Tokens are computed one by one: neither outputs nor their own gradients depend on how they are shared out."""
-    call = make_read(cell, "layer", lead=(301,), dtype=dtype, d=65, r=33)
-    wanted = [n for n in call.tensors if n.startswith("phi") or n in ("h0", "c0")]
-    grad_out, threads, found = torch.randn(301, call.rank), torch.get_num_threads(), []
+def test_thread_count_changes_no_bit(kernels, cell, dtype):
+    """Tokens are shared out to threads, sums over tokens are not: no result depends on how many threads there are."""
+    call = make_read(cell, "layer", lead=(613,), dtype=dtype, d=65, r=33)
+    grad_out, threads, found = torch.randn(613, call.rank), torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            found.append(helpers.gradients(call, wanted, grad_out))
-            check_read(call, call.tensors)
+            found.append(helpers.gradients(call, call.tensors, grad_out))
     finally:
         torch.set_num_threads(threads)
+    check_read(call, call.tensors)
     for name in found[0]:
         assert all(torch.equal(found[0][name], other[name]) for other in found[1:]), name
+
+
+@pytest.mark.parametrize("lead", [(2, 1, 2, 1, 2, 2, 1, 2), (2, 2, 2, 1, 2, 2, 2, 2, 2)], ids=shape_id)
+def test_many_leading_dimensions(backend, lead):
+    """More dimensions than a kernel can walk by strides, stored in an order that does not fold."""
+    call = make_read("gru", lead=lead, layers=2, d=7, r=5, strides=("permuted",), dtype=torch.float32)
+    check_read(call, call.tensors)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
@@ -322,12 +329,30 @@ def test_saved_for_backward(kernels, cell, norm, dtype, recompute):
     assert not [t.shape for t in kept if d in t.shape and t.numel() >= 512 * d]
 
 
-def test_nothing_is_saved_without_gradients(kernels):
-    call = make_read("lstm")
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
+class Allocations(TorchDispatchMode):
+    """Counts the elements of what READ's forward returns beside its results."""
+
+    kept = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        found = function(*arguments, **(keywords or {}))
+        if function is torch.ops.pyeff.read_forward.default:
+            self.kept += sum(t.numel() for t in found[2:])
+        return found
+
+
+@pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
+def test_nothing_is_kept_without_gradients(kernels, cell, norm):
+    """Inference allocates no states, gates or statistics."""
+    call = make_read(cell, norm)
+    with Allocations() as frozen:
         assert not call().requires_grad
-    assert not kept
+    with Allocations() as no_grad, torch.no_grad():
+        call.require_grad(["w_ih"])()
+    assert frozen.kept == no_grad.kept == 0
+    with Allocations() as training:
+        call.require_grad(["w_ih"])()
+    assert training.kept > 0
 
 
 def test_float16_is_served_by_the_reference():

@@ -76,6 +76,9 @@ CASES = {
     "w_ih complex": (put("w_ih", lambda t: t.to(torch.complex64)), "w_ih", "complex64", "expected", "float32"),
     "w_ih sparse": (put("w_ih", lambda t: t.to_sparse()), "w_ih", "sparse_coo", "expected", "strided"),
     "w_hh of the gru for another cell": (option(cell="lstm"), "w_hh", "[30, 10]", "expected", "[4 r, r]", "'lstm'"),
+    "w_ih missing": (put("w_ih", lambda _: None), "w_ih", "None", "expected a tensor"),
+    "w_hh missing": (put("w_hh", lambda _: None), "w_hh", "None", "expected a tensor"),
+    "one phi missing": (put("phi1", lambda _: None), "phi", "None"),
     "w_hh not square in its gates": (put("w_hh", lambda t: t[:, :9]), "w_hh", "[30, 9]", "expected", "[3 r, r]"),
     "w_hh empty": (put("w_hh", lambda t: t[:0, :0]), "w_hh", "[0, 0]", "expected", "[3 r, r]"),
     "w_hh a vector": (put("w_hh", lambda t: t[0]), "w_hh", "[10]", "expected", "[3 r, r]"),
@@ -219,7 +222,7 @@ OPTION_VALUES = {
     "cell": ["rnn", "gru", "lstm", "", "Gru", None, 1],
     "norm": ["rms", "layer", "none", "", None],
     "reduce": ["mean", "last", "max", None],
-    "eps": [0.0, 1e-6, -1.0, math.inf, math.nan, 0, 10**30, "1e-6", None],
+    "eps": [0.0, 1e-6, -1.0, math.inf, math.nan, 0, 1e30, "1e-6", None],
     "recompute": [True, False, 0, "yes", None],
 }
 

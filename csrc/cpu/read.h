@@ -26,6 +26,7 @@ struct ReadRows {
 // Weights, states and what is saved are contiguous and of one number type; a null pointer stands for "not given".
 struct ReadProblem {
   Number number;
+  Number phi_number;  // the same, or f32 beside bf16 weights: phi is then rounded as it is packed
   Cell cell;
   Norm norm;
   Reduce reduce;

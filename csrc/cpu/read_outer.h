@@ -44,14 +44,14 @@ struct ReadOuter {
   struct Workspace {
     Element *right, *left;
     const D** left_rows;    // [kUnit], as are the others: what belongs to each step of K
-    const T** right_rows;
+    const void** right_rows;  // of phi or the states
     C *mean, *rstd;
 
     void place(Arena& arena) {
       right = arena.take<Element>(kGroup * kPanel);
       left = arena.take<Element>(kRows * (kUnit / Op::kPack));
       left_rows = arena.take<const D*>(kUnit);
-      right_rows = arena.take<const T*>(kUnit);
+      right_rows = arena.take<const void*>(kUnit);
       mean = arena.take<C>(kUnit);
       rstd = arena.take<C>(kUnit);
     }
@@ -92,13 +92,16 @@ struct ReadOuter {
     for (int64_t layer = begin; layer < end; ++layer) {
       const D* left = da + (layer * chunk + first - chunk_first) * s.da_stride + (from_x ? 0 : Seg::kFirstH * s.rank_pad);
       const ReadRows& phi = p.phi[layer];
+      const int64_t phi_bytes = p.phi_number == p.number ? int64_t(sizeof(T)) : int64_t(sizeof(float));
       const T* states = layer > 0 ? static_cast<const T*>(out.h) + (layer - 1) * s.tokens * s.rank
                                   : static_cast<const T*>(p.h0);
       const C* stats = static_cast<const C*>(out.stats);
       for (int64_t n = 0; n < count; ++n, ++k) {
         w.left_rows[k] = left + n * s.da_stride;
-        w.right_rows[k] = from_x ? static_cast<const T*>(phi.data) + row_offset(phi, first + n)
-                                 : states + (first + n) * s.rank;
+        if (from_x)
+          w.right_rows[k] = static_cast<const char*>(phi.data) + row_offset(phi, first + n) * phi_bytes;
+        else
+          w.right_rows[k] = states + (first + n) * s.rank;
         if (p.norm == Norm::none) continue;
         w.rstd[k] = stats[layer * s.tokens + first + n];
         if (p.norm == Norm::layer) w.mean[k] = stats[(s.layers + layer) * s.tokens + first + n];
@@ -108,8 +111,13 @@ struct ReadOuter {
 
   // One run of k steps over the panels [begin, end), at most kGroup.
   void run(const Workspace& w, bool from_x, int64_t phi_inner, int64_t k, int64_t begin, int64_t end, bool fresh) const {
-    for (int64_t panel = begin; panel < end; ++panel)
-      pack_right(w, from_x, from_x ? phi_inner : 1, k, panel, w.right + (panel - begin) * kPanel);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      Element* right = w.right + (panel - begin) * kPanel;
+      if (from_x)
+        with_phi<T>(p, [&](auto type) { pack_right<decltype(type)>(w, true, phi_inner, k, panel, right); });
+      else
+        pack_right<T>(w, false, 1, k, panel, right);
+    }
     for (int64_t row = 0; row < row_panels; ++row) {
       const int64_t left_columns = smaller(kRows, Seg::kEach * s.rank_pad - row * kRows);
       pack_left_kn<T, kRows>(w.left, [&](int64_t i) { return w.left_rows[i] + row * kRows; }, left_columns, k);
@@ -131,6 +139,7 @@ struct ReadOuter {
     }
   }
 
+  template <class P>
   void pack_right(const Workspace& w, bool from_x, int64_t inner, int64_t k, int64_t panel, Element* right) const {
     const int64_t columns = from_x ? s.width : s.rank, column = (from_x ? panel : panel - x_panels) * kColumns;
     const C* mean = from_x && p.norm == Norm::layer ? w.mean : nullptr;
@@ -138,9 +147,9 @@ struct ReadOuter {
     for (int v = 0; v < Shape::kVectors; ++v) {
       const int64_t at = column + v * kUnits;
       if (at >= columns) break;  // these lanes' sums are never read
-      pack_columns_kn<T, T>(
-          right + v * kUnits, kColumns, [&](int64_t i) { return w.right_rows[i] + at * inner; }, inner, columns - at, k,
-          mean, rstd);
+      pack_columns_kn<T, P>(
+          right + v * kUnits, kColumns, [&](int64_t i) { return static_cast<const P*>(w.right_rows[i]) + at * inner; },
+          inner, columns - at, k, mean, rstd);
     }
   }
 

@@ -8,6 +8,15 @@ namespace pyeff {
 namespace PYEFF_ISA {
 
 
+// Calls run(P{}) with the type that phi is stored in.
+template <class T, class Function>
+PYEFF_INLINE void with_phi(const ReadProblem& p, const Function& run) {
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    if (p.phi_number == Number::f32) return run(float{});
+  }
+  run(T{});
+}
+
 // Where row `row` of a layer output starts.
 PYEFF_INLINE int64_t row_offset(const ReadRows& rows, int64_t row) {
   if (rows.dims == 1) return row * rows.stride[0];
@@ -109,13 +118,13 @@ PYEFF_INLINE void row_statistics(const T* row, int64_t stride, int64_t width, No
   if (norm == Norm::none) return;
   if (norm == Norm::layer) {
     V sum = {};
-    for (int64_t k = 0; k < width; k += lanes) sum += load_strided<T>(row + k * stride, stride, width - k);
+    for (int64_t k = 0; k < width; k += lanes) sum += load_strided(row + k * stride, stride, width - k);
     mean = sum_lanes<C>(sum) / C(width);
   }
   V square = {};
   int64_t k = 0;
   for (; k + lanes <= width; k += lanes) {
-    V x = load_strided<T>(row + k * stride, stride, lanes) - mean;
+    V x = load_strided(row + k * stride, stride, lanes) - mean;
     square += x * x;
   }
   C sum = sum_lanes<C>(square);
@@ -135,17 +144,25 @@ struct ReadInput {
   using C = Compute<T>;
 
   static bool in_place(const ReadProblem& p, const ReadRows& rows) {
-    return sizeof(Element) == sizeof(T) * Op::kPack && rows.inner == 1 && p.norm != Norm::layer &&
-           p.width % Op::kPack == 0;
+    return p.phi_number == p.number && sizeof(Element) == sizeof(T) * Op::kPack && rows.inner == 1 &&
+           p.norm != Norm::layer && p.width % Op::kPack == 0;
   }
 
   static void prepare(const ReadProblem& p, int64_t layer, int64_t first, int64_t count, int64_t packed_stride,
                       Element* packed, const Element** pointers, C* mean, C* rstd) {
+    with_phi<T>(p, [&](auto type) {
+      prepare_from<decltype(type)>(p, layer, first, count, packed_stride, packed, pointers, mean, rstd);
+    });
+  }
+
+  template <class P>
+  static void prepare_from(const ReadProblem& p, int64_t layer, int64_t first, int64_t count, int64_t packed_stride,
+                           Element* packed, const Element** pointers, C* mean, C* rstd) {
     const ReadRows& rows = p.phi[layer];
-    const T* data = static_cast<const T*>(rows.data);
+    const P* data = static_cast<const P*>(rows.data);
     const bool direct = in_place(p, rows);
     for (int64_t n = 0; n < count; ++n) {
-      const T* row = data + row_offset(rows, first + n);
+      const P* row = data + row_offset(rows, first + n);
       row_statistics(row, rows.inner, p.width, p.norm, p.eps, mean[n], rstd[n]);
       if (direct) {
         pointers[n] = reinterpret_cast<const Element*>(row);

@@ -138,7 +138,10 @@ struct ReverseBlock {
       if (out.dphi[layer]) {
         for (int64_t i = 0; i < count * s.width_panels * kColumns; i += kUnits) store(w.dx + i, V{});
         multiply(layer, first, count, 0, weights.x, s.width_panels, s.width_panels * kColumns, w.dx);
-        for (int64_t n = 0; n < count; ++n) reverse_norm(layer, first + n, w.dx + n * s.width_panels * kColumns);
+        with_phi<T>(p, [&](auto type) {
+          for (int64_t n = 0; n < count; ++n)
+            reverse_norm<decltype(type)>(layer, first + n, w.dx + n * s.width_panels * kColumns);
+        });
       }
     }
     for (int64_t n = 0; n < count; ++n)
@@ -246,9 +249,10 @@ struct ReverseBlock {
 
   // With xhat = (phi - mean) rstd and g the gradient of gamma xhat:
   // dphi = rstd (g gamma - [mean(g gamma)] - xhat mean(g gamma xhat)), the bracket for the layer norm only.
+  template <class P>
   void reverse_norm(int64_t layer, int64_t token, C* g) {
     const ReadRows& rows = p.phi[layer];
-    const T* row = static_cast<const T*>(rows.data) + row_offset(rows, token);
+    const P* row = static_cast<const P*>(rows.data) + row_offset(rows, token);
     const T* gamma = static_cast<const T*>(p.norm_weight);
     T* dphi = static_cast<T*>(out.dphi[layer]) + token * s.width;
     if (p.norm == Norm::none) {
@@ -263,7 +267,7 @@ struct ReverseBlock {
       const int64_t left = s.width - k;
       V value = load(g + k);
       if (gamma) value *= load_first(gamma + k, left);
-      V x = (load_strided<T>(row + k * rows.inner, rows.inner, left) - mean) * rstd;
+      V x = (load_strided(row + k * rows.inner, rows.inner, left) - mean) * rstd;
       store(g + k, value);
       sum_g += value;  // lanes past the width hold zero gradients
       sum_gx += value * x;
@@ -272,7 +276,7 @@ struct ReverseBlock {
     const C mean_gx = sum_lanes<C>(sum_gx) / C(s.width);
     for (int64_t k = 0; k < s.width; k += kUnits) {
       const int64_t left = s.width - k;
-      V x = (load_strided<T>(row + k * rows.inner, rows.inner, left) - mean) * rstd;
+      V x = (load_strided(row + k * rows.inner, rows.inner, left) - mean) * rstd;
       store_first(dphi + k, (load(g + k) - mean_g - x * mean_gx) * rstd, left);
     }
   }

@@ -78,11 +78,16 @@ struct ReadSmall {
 
   // Normalises the tokens of one layer into left operands.
   void normalize(int64_t layer) {
+    with_phi<T>(p, [&](auto type) { normalize_from<decltype(type)>(layer); });
+  }
+
+  template <class P>
+  void normalize_from(int64_t layer) {
     const ReadRows& rows = p.phi[layer];
     const T* gamma = static_cast<const T*>(p.norm_weight);
     const T* beta = static_cast<const T*>(p.norm_bias);
     for (int64_t n = 0; n < p.tokens; ++n) {
-      const T* row = static_cast<const T*>(rows.data) + row_offset(rows, n);
+      const P* row = static_cast<const P*>(rows.data) + row_offset(rows, n);
       T* to = x + (layer * p.tokens + n) * x_stride;
       C mean, rstd;
       row_statistics(row, rows.inner, p.width, p.norm, p.eps, mean, rstd);
@@ -95,7 +100,7 @@ struct ReadSmall {
         const int64_t left = p.width - k;
         V v = {};
         if (left > 0) {
-          v = (load_strided<T>(row + k * rows.inner, rows.inner, left) - mean) * rstd;
+          v = (load_strided(row + k * rows.inner, rows.inner, left) - mean) * rstd;
           if (gamma) v *= load_first(gamma + k, left);
           if (beta) v += load_first(beta + k, left);
         }

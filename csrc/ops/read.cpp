@@ -52,7 +52,7 @@ struct Checked {
 ReadRows rows_of(const Tensor& phi, ScalarType type, int64_t tokens, int64_t width) {
   const auto sizes = phi.sizes(), strides = phi.strides();
   const int64_t dims = phi.dim();
-  STD_TORCH_CHECK(phi.is_cpu() && phi.scalar_type() == type, "phi differs from w_ih in device or dtype");
+  STD_TORCH_CHECK(phi.is_cpu() && phi.scalar_type() == type, "phi is not on the CPU, or its layers differ in dtype");
   STD_TORCH_CHECK(dims >= 1 && sizes[dims - 1] == width && phi.numel() == tokens * width, "phi has an unexpected shape");
   ReadRows rows{};
   rows.data = phi.const_data_ptr();
@@ -88,6 +88,9 @@ struct Arguments {
     ReadProblem& p = problem;
     p = {};
     p.number = number_of(w_ih, "w_ih");
+    p.phi_number = number_of(layers[0], "phi");
+    STD_TORCH_CHECK(p.phi_number == p.number || (p.number == Number::bf16 && p.phi_number == Number::f32),
+                    "phi has another dtype than w_ih, expected the same, or float32 beside bfloat16");
     p.cell = static_cast<Cell>(cell);
     p.norm = static_cast<Norm>(norm);
     p.reduce = static_cast<Reduce>(reduce);
@@ -100,7 +103,8 @@ struct Arguments {
     checked.type = w_ih.scalar_type();
     wide = checked.type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     phi.reserve(layers.size());
-    for (const Tensor& layer : layers) phi.push_back(rows_of(layer, checked.type, p.tokens, p.width));
+    for (const Tensor& layer : layers)
+      phi.push_back(rows_of(layer, layers[0].scalar_type(), p.tokens, p.width));
     p.phi = phi.data();
     const int64_t gates = gates_of(p.cell) * p.rank, state = p.tokens * p.rank;
     p.w_ih = checked.read(w_ih, gates * p.width, "w_ih");

@@ -46,6 +46,8 @@ def bench(
                 _list(op, select)
                 return
             run = _run(op, select, threads)
+    except BrokenPipeError:  # whoever reads the list has seen enough
+        raise
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if json:

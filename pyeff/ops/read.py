@@ -1,12 +1,14 @@
 """READ's recurrence as an op: schema, checks, autocast, fake kernels and autograd.
 
-``pyeff::read_recurrence`` and ``pyeff::read_step`` check, cast and choose a backend. The ``reference`` is differentiated
-by PyTorch; the kernels sit behind ``pyeff::read_forward`` and ``pyeff::read_backward``, which hold the autograd formula.
+``pyeff::read_recurrence`` and ``pyeff::read_step`` check, cast and choose a backend. The ``reference`` is
+differentiated by PyTorch; the kernels sit behind ``pyeff::read_forward`` and ``pyeff::read_backward``, which hold the
+autograd formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAVE_NOTHING, SAVE_STATES, SAVE_GATES = 0, 1, 2
 
 _WEIGHTS = (
-    "Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, Tensor? b_hh=None, *, Tensor? norm_weight=None, Tensor? norm_bias=None"
+    "Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, Tensor? b_hh=None, *, "
+    "Tensor? norm_weight=None, Tensor? norm_bias=None"
 )
 _INNER = (
     "Tensor[] phi, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? norm_weight, Tensor? norm_bias, "
@@ -69,9 +72,9 @@ def read_recurrence(
 ) -> Tensor:
     """READ: a recurrent network over the depth of a frozen one, for every token on its own.
 
-    ``x_i = norm(phi_i)``, ``h_i = Cell(x_i, h_{i-1})`` with one set of weights for all layers, and the mean of the h_i or
-    the last. The norm's weight is folded into ``w_ih``, so that no gradient of width d is formed unless some phi asks for
-    its own; nothing of width d is saved beyond references to ``phi``.
+    ``x_i = norm(phi_i)``, ``h_i = Cell(x_i, h_{i-1})`` with one set of weights for all layers, and the mean of the h_i
+    or the last. The norm's weight is folded into ``w_ih``, so that no gradient of width d is formed unless some phi
+    asks for its own; nothing of width d is saved beyond references to ``phi``.
 
     Args:
         phi (sequence of Tensor): L tensors [*, d], the layer outputs, of any strides; they are not copied or stacked.
@@ -84,14 +87,15 @@ def read_recurrence(
         norm (str): ``"rms"``, ``"layer"`` or ``"none"``, over d, with statistics in at least float32.
         eps (float): added to the mean square (or variance).
         reduce (str): ``"mean"`` over the layers or ``"last"``.
-        recompute (bool): compute the gates again in the backward instead of saving them: 4 r numbers a token and layer less
-            for GRU and LSTM, for the time of one more forward.
+        recompute (bool): compute the gates again in the backward instead of saving them: 4 r numbers a token and layer
+            less for GRU and LSTM, for the time of one more forward.
 
     Returns:
         Tensor: [*, r], in the dtype of the weights.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other, an unknown option, or an option that cannot apply.
+        ValueError: shapes, dtypes or devices that do not fit each other, an unknown option, or an option that cannot
+            apply.
         RuntimeError: a backend was named that cannot serve the call; or a double backward.
 
     All tensors have one dtype, float64, float32 or bfloat16 (float16 by the reference); under autocast the weights and
@@ -171,18 +175,20 @@ def _pair(state: object, cell: str) -> tuple[Tensor, Tensor]:
     raise ValueError(f"read_step: state is {found}, expected None or {expected} for cell={cell!r}")
 
 
-def _check_tensor(op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+def _check_tensor(op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor, dtype=None) -> None:
     if tuple(t.shape) != shape:
         raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected {list(shape)}")
-    if t.dtype != like.dtype:
-        raise ValueError(f"{op}: {name} is {t.dtype}, expected {like.dtype} as w_ih")
+    if t.dtype != (dtype or like.dtype):
+        raise ValueError(f"{op}: {name} is {t.dtype}, expected {dtype or like.dtype} as w_ih")
     if t.device != like.device:
         raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device} as w_ih")
     if t.layout != torch.strided:
         raise ValueError(f"{op}: {name} has layout {t.layout}, expected torch.strided (a dense tensor)")
 
 
-def _check(op, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce="mean") -> None:
+def _check(
+    op, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce="mean", phi_dtype=None,
+):  # fmt: skip
     """Everything that can be wrong with a call, before anything is computed."""
     step = op == "read_step"
     phi_names = ["phi_i"] if step else [f"phi[{i}]" for i in range(len(phi))]
@@ -213,7 +219,7 @@ def _check(op, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell
     _check_tensor(op, "w_ih", w_ih, (gates, width), w_ih)
     _check_tensor(op, "w_hh", w_hh, (gates, rank), w_ih)
     for name, phi_i in zip(phi_names, phi, strict=True):
-        _check_tensor(op, name, phi_i, tuple(first.shape), w_ih)
+        _check_tensor(op, name, phi_i, tuple(first.shape), w_ih, phi_dtype)
     for name, t, shape in (
         ("b_ih", b_ih, (gates,)), ("b_hh", b_hh, (gates,)), ("norm_weight", norm_weight, (width,)),
         ("norm_bias", norm_bias, (width,)), (h_name, h0, (*lead, rank)), (c_name, c0, (*lead, rank)),
@@ -222,13 +228,40 @@ def _check(op, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell
             _check_tensor(op, name, t, shape, w_ih)
 
 
-def _cast(tensors: list[Tensor | None], device: torch.device) -> list[Tensor | None]:
-    """What autocast asks for: floating-point tensors in its dtype, float64 left alone."""
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on this device; None where it is off."""
     # torch knows no autocast for some devices (meta) and raises when asked.
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _cast(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """Floating-point tensors in autocast's dtype; float64 is left alone."""
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _prepare(
+    op: str, phi: list[Tensor], rest: list[Any], backend: str, **options
+) -> tuple[list[Tensor], list[Any], str]:
+    """Casts and checks the tensors of a call, and chooses its backend."""
+    phi_names = ["phi_i"] if op == "read_step" else [f"phi[{i}]" for i in range(len(phi))]
+    for name, t in zip(("w_ih", "w_hh", *phi_names), (*rest[:2], *phi), strict=True):
+        if not isinstance(t, Tensor):  # a schema's Tensor lets None pass
+            raise ValueError(f"{op}: {name} is {t!r}, expected a tensor")
+    dtype = _autocast_dtype(rest[0].device)
+    if dtype is None:
+        _check(op, phi, *rest, **options)
+        return phi, rest, backends.choose(op, rest[0].device, rest[0].dtype, backend)
+    rest = _cast(rest, dtype)
+    chosen = backends.choose(op, rest[0].device, rest[0].dtype, backend)
+    # The kernels round a float32 phi as they pack it: no copy is made, and none is kept for the backward.
+    if chosen == "cpu" and dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in phi):
+        options["phi_dtype"] = torch.float32
+    else:
+        phi = _cast(phi, dtype)
+    _check(op, phi, *rest, **options)
+    return phi, rest, chosen
 
 
 def _save_mode(tensors: list[Tensor | None], recompute: bool) -> int:
@@ -241,17 +274,15 @@ def _recurrence(
     phi, w_ih, w_hh, b_ih=None, b_hh=None, *, norm_weight=None, norm_bias=None, h0=None, c0=None,
     cell="gru", norm="rms", eps=1e-6, reduce="mean", recompute=False, backend="",
 ):  # fmt: skip
-    layers, rest = len(phi), [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0]
-    tensors = _cast([*phi, *rest], w_ih.device)
-    phi, rest = tensors[:layers], tensors[layers:]
-    _check("read_recurrence", phi, *rest, cell, norm, eps, reduce)
+    rest = [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0]
+    phi, rest, chosen = _prepare("read_recurrence", phi, rest, backend, cell=cell, norm=norm, eps=eps, reduce=reduce)
     w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0 = rest
-    if backends.choose("read_recurrence", w_ih.device, w_ih.dtype, backend) == "reference":
+    if chosen == "reference":
         return reference.read_recurrence(
             phi, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, h0=h0, c0=c0,
             cell=cell, norm=norm, eps=eps, reduce=reduce,
         )  # fmt: skip
-    save = _save_mode(tensors, recompute)
+    save = _save_mode([*phi, *rest], recompute)
     return torch.ops.pyeff.read_forward(phi, *rest, cell, norm, eps, reduce, save)[0]
 
 
@@ -259,19 +290,20 @@ def _step(
     phi_i, h, c, w_ih, w_hh, b_ih=None, b_hh=None, *, norm_weight=None, norm_bias=None,
     cell="gru", norm="rms", eps=1e-6, backend="",
 ):  # fmt: skip
-    tensors = _cast([phi_i, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c], w_ih.device)
-    phi_i, *rest = tensors
-    _check("read_step", [phi_i], *rest, cell, norm, eps)
+    rest = [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c]
+    (phi_i,), rest, chosen = _prepare("read_step", [phi_i], rest, backend, cell=cell, norm=norm, eps=eps)
     w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c = rest
-    if backends.choose("read_step", w_ih.device, w_ih.dtype, backend) != "reference":
-        return torch.ops.pyeff.read_forward([phi_i], *rest, cell, norm, eps, "last", _save_mode(tensors, False))[:2]
-    state = h
+    if chosen != "reference":
+        save = _save_mode([phi_i, *rest], False)
+        return torch.ops.pyeff.read_forward([phi_i], *rest, cell, norm, eps, "last", save)[:2]
+    state: Any = h
     if cell == "lstm" and not (h is None and c is None):
         zero = torch.zeros_like(h if h is not None else c)
         state = (zero if h is None else h, zero if c is None else c)
     state = reference.read_step(
-        phi_i, state, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm, eps=eps
-    )
+        phi_i, state, w_ih, w_hh, b_ih, b_hh,
+        norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm, eps=eps,
+    )  # fmt: skip
     return state if cell == "lstm" else (state, state.new_empty(0))
 
 
@@ -374,7 +406,7 @@ def _backward(ctx, grad_out, grad_c, *unused):
     dphi, *grads = torch.ops.pyeff.read_backward(grad_out, grad_c, phi, *rest, *ctx.options, needs_phi, needs)
     layers = iter(dphi.unbind(0)) if any(needs_phi) else iter(())
     return (
-        [next(layers) if need else None for need in needs_phi],
+        [next(layers).to(t.dtype) if need else None for t, need in zip(phi, needs_phi, strict=True)],
         *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
         *(None,) * 5,
     )

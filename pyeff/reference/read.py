@@ -10,6 +10,7 @@ For every token on its own, layers i = 1..L share one recurrent cell:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,13 +80,15 @@ def read_step(
         torch.Size([5, 8])
     """
     x = normalize(phi_i, norm, norm_weight, norm_bias, eps)
+    before: Any = state
     if state is None:
         zero = x.new_zeros(*x.shape[:-1], w_hh.shape[1])
-        state = (zero, zero) if cell == "lstm" else zero
+        before = (zero, zero) if cell == "lstm" else zero
     if cell == "lstm":
-        return lstm_cell(x, *state, w_ih, w_hh, b_ih, b_hh)
+        h, c = before
+        return lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     step = gru_cell if cell == "gru" else rnn_cell
-    return step(x, state, w_ih, w_hh, b_ih, b_hh)
+    return step(x, before, w_ih, w_hh, b_ih, b_hh)
 
 
 def read_recurrence(
@@ -113,12 +116,13 @@ def read_recurrence(
         >>> pyeff.reference.read_recurrence(phi, gru.weight_ih_l0, gru.weight_hh_l0).shape
         torch.Size([2, 5, 8])
     """
-    state: State = None
-    if h0 is not None or c0 is not None:
-        like = h0 if h0 is not None else c0
-        h0 = torch.zeros_like(like) if h0 is None else h0
-        state = (h0, torch.zeros_like(like) if c0 is None else c0) if cell == "lstm" else h0
-    total = None
+    state: Any = None
+    total: Any = None
+    given = h0 if h0 is not None else c0
+    if given is not None:
+        zero = torch.zeros_like(given)
+        h0 = zero if h0 is None else h0
+        state = (h0, zero if c0 is None else c0) if cell == "lstm" else h0
     for phi_i in phi:
         state = read_step(
             phi_i, state, w_ih, w_hh, b_ih, b_hh,

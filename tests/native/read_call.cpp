@@ -117,7 +117,7 @@ void ReadCall::lay_out(Random& random, Layout layout) {
 }
 
 pyeff::ReadProblem ReadCall::problem() const {
-  return {number,        sizes.cell,    sizes.norm,           sizes.reduce,       sizes.eps,    sizes.layers,
+  return {number, number, sizes.cell,    sizes.norm,           sizes.reduce,       sizes.eps,    sizes.layers,
           sizes.tokens,  sizes.width,   sizes.rank,           rows_.data(),       w_ih_.data(), w_hh_.data(),
           b_ih_.maybe(), b_hh_.maybe(), norm_weight_.maybe(), norm_bias_.maybe(), h0_.maybe(),  c0_.maybe()};
 }

@@ -36,7 +36,7 @@ struct Call {
   }
   ReadProblem problem() const {
     ReadProblem p{};
-    p.number = number, p.cell = cell, p.norm = norm, p.reduce = Reduce::mean, p.eps = 1e-6;
+    p.number = number, p.phi_number = number, p.cell = cell, p.norm = norm, p.reduce = Reduce::mean, p.eps = 1e-6;
     p.layers = layers, p.tokens = tokens, p.width = width, p.rank = rank, p.phi = rows.data();
     p.w_ih = w_ih.data(), p.w_hh = w_hh.data();
     return p;
