@@ -229,6 +229,14 @@ def test_read_backward(isa, cell, norm, save_gates):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_read_takes_float32_phi_beside_bfloat16_weights(isa):
+    a, _, phi, phi64 = read_inputs("bfloat16", "gru", "none")
+    problem = read(a, isa, norm="none")
+    found = [problem.forward(p, **states(a), save=True) for p in (phi, [encode(x, "float32") for x in phi64])]
+    np.testing.assert_array_equal(found[0]["h"], found[1]["h"])  # the very same numbers
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_read_gradients_are_the_same_alone(isa):
     a, _, phi, _ = read_inputs("float32", "lstm", "layer")
     problem = read(a, isa, cell="lstm", norm="layer")
@@ -287,7 +295,7 @@ def unaligned(*shape):
         (np.zeros((4, 3), np.float32).T, None, {}, "weight is not contiguous"),
         (unaligned(3, 4), None, {}, "weight is not aligned"),
         (np.zeros((3, 4), np.float32), np.zeros((2, 5), np.float32), {}, r"x has shape \[2, 5\], expected \[2, 4\]"),
-        (np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float64), {}, "x differs in dtype"),
+        (np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float64), {}, "x has another dtype"),
         (np.zeros((3, 4), np.float32), np.zeros((2, 8), np.float32)[:, ::2], {}, "columns are not adjacent"),
         (np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float32), {"bias": np.zeros(2, np.float32)}, "bias has"),
         (np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float32), {"out": np.zeros((2, 2), np.float32)}, "out has"),
@@ -311,10 +319,12 @@ def test_results_are_not_written_where_that_is_forbidden():
         ({"cell": "mru"}, "cell is 'mru', expected one of rnn, gru, lstm"),
         ({"norm": "none"}, "norm_weight was given with norm 'none'"),
         ({"norm_bias": np.zeros(19, np.float32)}, "norm_bias was given without norm 'layer'"),
-        ({"w_ih": np.zeros((33, 19), np.float64)}, "differs in dtype"),
+        ({"w_ih": np.zeros((33, 19), np.float64)}, "another dtype"),
         ({"w_ih": np.zeros((32, 19), np.float32)}, r"w_ih has shape \[32, 19\], expected \[33, 19\]"),
         ({"b_hh": np.zeros(7, np.float32)}, "b_hh has shape"),
         ({"phi": []}, "phi is empty"),
+        ({"phi": [np.zeros((21, 19), np.float64)]}, "phi differs in dtype from the weights"),
+        ({"phi": [np.zeros((21, 19), np.float32), np.zeros((21, 19), np.uint16)]}, "phi has another dtype"),
         ({"phi": [np.zeros((21, 18), np.float32)]}, r"phi has shape \[21, 18\]"),
         ({"phi": [np.zeros((21, 19), np.float32), np.zeros((20, 19), np.float32)]}, r"phi has shape \[20, 19\]"),
         ({"phi": [np.zeros((1,) * 9 + (19,), np.float32)]}, "1 to 8 dimensions"),

@@ -39,7 +39,7 @@ inline const void* checked(const py::array& a, Number number, const std::vector<
   const std::vector<py::ssize_t> found(a.shape(), a.shape() + a.ndim());
   if (found != shape)
     throw py::value_error(std::string(name) + " has shape " + text_of(found) + ", expected " + text_of(shape));
-  if (number_of(a, name) != number) throw py::value_error(std::string(name) + " differs in dtype from the weights");
+  if (number_of(a, name) != number) throw py::value_error(std::string(name) + " has another dtype than expected");
   if (!strided && !(a.flags() & py::array::c_style)) throw py::value_error(std::string(name) + " is not contiguous");
   if (reinterpret_cast<uintptr_t>(a.data()) % size_of(number))
     throw py::value_error(std::string(name) + " is not aligned to its numbers");

@@ -1,8 +1,8 @@
 // READ's kernels on NumPy arrays.
 #include "cpu/read.h"
 
-#include <mutex>
 #include <map>
+#include <mutex>
 
 #include "dev/arrays.h"
 #include "dev/module.h"
@@ -142,13 +142,16 @@ class Read {
 
   py::ssize_t kinds() const { return p_.norm == Norm::none ? 0 : p_.norm == Norm::rms ? 1 : 2; }
 
-  // phi: [.., width] each, of one shape and any strides.
+  // phi: [.., width] each, of one shape, dtype and any strides.
   Call start(const std::vector<py::array>& phi, const MaybeArray& h0, const MaybeArray& c0) const {
     Call call{p_, {}};
     ReadProblem& p = call.problem;
     if (phi.empty()) throw py::value_error("phi is empty");
     p.layers = static_cast<int64_t>(phi.size());
     const py::array& first = phi[0];
+    p.phi_number = number_of(first, "phi");
+    if (p.phi_number != p.number && !(p.number == Number::bf16 && p.phi_number == Number::f32))
+      throw py::value_error("phi differs in dtype from the weights; only float32 beside bfloat16 may");
     const std::vector<py::ssize_t> shape(first.shape(), first.shape() + first.ndim());
     if (shape.size() < 2 || shape.size() > ReadRows::kMaxDims + 1 || shape.back() != p.width)
       throw py::value_error("phi has shape " + text_of(shape) + ", expected 1 to 8 dimensions before " +
@@ -156,7 +159,7 @@ class Read {
     p.tokens = static_cast<int64_t>(first.size()) / p.width;
     for (const py::array& layer : phi) {
       ReadRows rows{};
-      rows.data = checked(layer, p.number, shape, "phi", true);
+      rows.data = checked(layer, p.phi_number, shape, "phi", true);
       rows.dims = static_cast<int>(shape.size()) - 1;
       for (int i = 0; i < rows.dims; ++i) rows.size[i] = shape[i], rows.stride[i] = stride_of(layer, i, "phi");
       rows.inner = stride_of(layer, rows.dims, "phi");

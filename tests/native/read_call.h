@@ -15,6 +15,7 @@ constexpr Layout kLayouts[] = {Layout::dense,      Layout::padded,         Layou
 struct ReadOptions {
   bool b_ih = true, b_hh = true, norm_weight = true, norm_bias = true, h0 = true, c0 = true;
   bool grad_out = true, grad_c = true;
+  bool wide_phi = false;                                              // with bf16 weights: phi in f32
   Layout layouts[3] = {Layout::dense, Layout::dense, Layout::dense};  // of layer i: layouts[i % 3]
 };
 
@@ -34,7 +35,7 @@ struct Wanted {
 
 class ReadCall {
  public:
-  const Number number;
+  const Number number, phi_number;
   const ReadSizes sizes;
   ReadValues values;
 
@@ -54,8 +55,8 @@ class ReadCall {
  private:
   pyeff::ReadProblem problem() const;
   void lay_out(Random& random, Layout layout);
-  void compare(int isa, const char* what, const Output& found, const Values& truth, double same_type,
-               int64_t terms) const;
+  void compare(int isa, const char* what, const Output& found, const Values& truth, double same_type, int64_t terms,
+               double scale = 0) const;
 
   std::vector<Input> phi_;
   std::vector<pyeff::ReadRows> rows_;

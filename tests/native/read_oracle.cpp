@@ -33,7 +33,8 @@ struct Oracle {
   double add(double& sum, double term) const { return sum = q(sum + term); }
 
   void normalize(int64_t layer, int64_t token) {
-    const double* phi = v.phi[layer].data() + token * s.width;
+    Values phi(v.phi[layer].begin() + token * s.width, v.phi[layer].begin() + (token + 1) * s.width);
+    for (double& value : phi) value = q(value);  // it may be stored in a larger type
     double mean = 0, square = 0;
     for (int64_t k = 0; k < s.width && s.norm == Norm::layer; ++k) mean += phi[k] / double(s.width);
     mean = wide(mean);
@@ -144,6 +145,7 @@ struct Oracle {
     t.dw_ih.assign(G * d, 0), t.dw_hh.assign(G * r, 0), t.db_ih.assign(G, 0), t.db_hh.assign(G, 0);
     t.dnorm_weight.assign(d, 0), t.dnorm_bias.assign(d, 0);
     t.dphi.assign(s.layers, Values(s.tokens * d));
+    t.dphi_terms.assign(s.layers, 0);
     for (int64_t i = s.layers - 1; i >= 0; --i) {
       // A layer's sums over the tokens are added as one.
       Values dw_ih(G * d), dw_hh(G * r), db_ih(G), db_hh(G), dgamma(d), dbeta(d);
@@ -190,6 +192,7 @@ struct Oracle {
     }
     for (int64_t k = 0; k < d; ++k) {
       double value = g[k];
+      t.dphi_terms[i] = std::fmax(t.dphi_terms[i], std::fabs(rstd * value));
       if (s.norm == Norm::layer) value = wide(value - wide(mean_g));
       if (s.norm != Norm::none) value = rstd * wide(value - wide(hat[k] * wide(mean_gx)));
       t.dphi[i][n * d + k] = q(value);

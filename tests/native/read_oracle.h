@@ -29,6 +29,7 @@ struct ReadValues {
 struct ReadTruth {
   Values out, c_last, h, c, gates, rstd, mean;
   std::vector<Values> dphi;
+  Values dphi_terms;  // [layers] the largest number whose difference to others a dphi is
   Values dw_ih, dw_hh, db_ih, db_hh, dnorm_weight, dnorm_bias, dh0, dc0;
 };
 

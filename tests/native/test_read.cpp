@@ -70,7 +70,8 @@ TEST(read_is_right_for_every_cell_norm_reduction_and_type) {
           for (Reduce reduce : kReductions) {
             Random random(++seed);
             ReadOptions o;
-            for (bool* option : {&o.b_ih, &o.b_hh, &o.norm_weight, &o.norm_bias, &o.h0, &o.c0}) *option = random.coin();
+            for (bool* option : {&o.b_ih, &o.b_hh, &o.norm_weight, &o.norm_bias, &o.h0, &o.c0, &o.wide_phi})
+              *option = random.coin();
             // Either gradient may be missing, not both.
             const int64_t which = random.below(3);
             o.grad_out = which != 0 || cell != Cell::lstm, o.grad_c = which != 1;
@@ -90,6 +91,7 @@ TEST(read_takes_every_size_and_layout) {
       const Norm norm = layout == Layout::broadcast_width ? Norm::rms : random.pick(kNorms);
       // The layer norm of two numbers is 1 and -1: its gradient is nothing but rounding errors.
       ReadOptions o;
+      o.wide_phi = random.coin();
       o.layouts[0] = layout, o.layouts[1] = random.coin() ? layout : Layout::dense, o.layouts[2] = layout;
       const ReadSizes sizes{random.pick(kCells), norm,   random.pick(kReductions),
                             1 + random.below(5), tokens, (norm == Norm::layer ? 3 : 1) + random.below(20),
@@ -106,6 +108,7 @@ TEST(read_takes_sizes_beyond_every_block) {
     for (Cell cell : kCells) {
       Random random(++seed);
       ReadOptions o;
+      o.wide_phi = cell == Cell::gru;
       for (Layout& layout : o.layouts) layout = random.coin() ? Layout::dense : Layout::padded;
       const Norm norm = random.pick(kNorms);
       const Reduce reduce = random.pick(kReductions);
@@ -130,6 +133,7 @@ TEST(every_gradient_can_be_wanted_alone) {
           Random random(++seed);
           ReadOptions o;
           o.h0 = o.c0 = state;
+          o.wide_phi = random.coin();
           o.layouts[1] = Layout::strided;  // unequal inner strides among the layers
           const ReadSizes sizes{cell, norm, random.pick(kReductions), state ? 3 : 1 + random.below(2), 19, 23, 11};
           const ReadCall call(number, sizes, o, seed);
