@@ -114,6 +114,47 @@ def test_bad_calls_name_the_argument(backend, case):
         call()
 
 
+OPTION_CASES = [
+    "cell unknown", "cell of another case", "norm unknown", "reduce unknown", "eps negative", "eps nan", "eps infinite",
+    "norm_weight without a norm", "norm_bias with the rms norm", "c0 without lstm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPTION_CASES)
+def test_the_definition_refuses_the_same_options(case):
+    mutate, *parts = CASES[case]
+    call = make_read("gru", "rms")
+    mutate(call)
+    with pytest.raises(ValueError, match=says(*parts)) as ours:
+        call()
+    with pytest.raises(ValueError, match=says(*parts)) as definition:
+        call(pyeff.reference.read_recurrence)
+    assert str(ours.value) == str(definition.value)
+    options = {n: v for n, v in call.options.items() if n != "reduce"}
+    weights = {n: t for n, t in call.tensors.items() if not n.startswith("phi") and n not in ("h0", "c0")}
+    if case not in ("reduce unknown", "c0 without lstm"):
+        with pytest.raises(ValueError, match=says("read_step", *parts)):
+            pyeff.reference.read_step(call.phi[0], None, **weights, **options)
+
+
+@pytest.mark.parametrize(
+    ("cell", "count", "parts"),
+    [
+        # [2, r] would unpack into an h and a c of one token each.
+        ("lstm", 1, ("one tensor", "expected", "(h, c)")),
+        ("lstm", 3, ("tuple of Tensor, Tensor, Tensor", "expected", "(h, c)")),
+        ("gru", 2, ("tuple of Tensor, Tensor", "expected", "one tensor")),
+    ],
+)
+@pytest.mark.parametrize("function", [pyeff.ops.read_step, pyeff.reference.read_step], ids=["op", "definition"])
+def test_states_of_another_cell(function, cell, count, parts):
+    call = make_read(cell, layers=1, lead=(2,), state=False)
+    weights = {n: t for n, t in call.tensors.items() if n != "phi0"}
+    h = torch.zeros(2, call.rank, dtype=torch.float64)
+    with pytest.raises(ValueError, match=says("read_step", "state", *parts)):
+        function(call.phi[0], h if count == 1 else (h,) * count, **weights, cell=cell)
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -135,16 +176,17 @@ def test_phi_that_is_no_sequence(phi):
         pyeff.ops.read_recurrence(phi, call.tensors["w_ih"], call.tensors["w_hh"])
 
 
-def test_no_layers():
+@pytest.mark.parametrize("where", [pyeff.ops, pyeff.reference], ids=["op", "definition"])
+def test_no_layers(where):
     call = make_read("gru")
     with pytest.raises(ValueError, match=says("phi", "empty", "expected")):
-        pyeff.ops.read_recurrence([], call.tensors["w_ih"], call.tensors["w_hh"])
+        where.read_recurrence([], call.tensors["w_ih"], call.tensors["w_hh"])
 
 
 @pytest.mark.parametrize(
     ("cell", "state", "parts"),
     [
-        ("lstm", "h", ("state", "one tensor", "expected (h, c)")),
+        ("lstm", "h", ("state", "one tensor", "expected", "(h, c)")),
         ("gru", "hc", ("state", "tuple of Tensor, Tensor", "expected", "one tensor")),
         ("lstm", "hhh", ("state", "tuple of Tensor, Tensor, Tensor", "expected", "(h, c)")),
         ("lstm", 3, ("state", "int", "expected", "(h, c)")),

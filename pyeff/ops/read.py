@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from pyeff import backends, reference
+from pyeff.reference.read import GATES, NORMS, REDUCTIONS, check_layers, check_options, split_state
 
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 # What the backward needs of a step beside h: nothing (1 - h^2), (r, z, n, R_n h + b), (i, f, g, o).
 SAVED_GATES = {"rnn": 0, "gru": 4, "lstm": 4}
-NORMS = ("rms", "layer", "none")
-REDUCTIONS = ("mean", "last")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # How much the forward keeps: nothing, the states, or the states and the gates.
 SAVE_NOTHING, SAVE_STATES, SAVE_GATES = 0, 1, 2
@@ -154,25 +152,12 @@ def read_step(
         >>> state[0].shape
         torch.Size([5, 8])
     """
-    h, c = (state, None) if isinstance(state, Tensor) or state is None else _pair(state, cell)
-    if cell == "lstm" and h is not None and c is None:
-        raise ValueError("read_step: state is one tensor, expected (h, c) for the lstm cell")
+    h, c = split_state(state, cell)
     h, c = torch.ops.pyeff.read_step(
         phi_i, h, c, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm,
         eps=eps, backend=backends.current(),
     )  # fmt: skip
     return (h, c) if cell == "lstm" else h
-
-
-def _pair(state: object, cell: str) -> tuple[Tensor, Tensor]:
-    """The two tensors of an LSTM's state."""
-    found = f"a {type(state).__name__}"
-    if isinstance(state, tuple | list):
-        if cell == "lstm" and len(state) == 2 and all(isinstance(t, Tensor) for t in state):
-            return state[0], state[1]
-        found += f" of {', '.join(type(t).__name__ for t in state) or 'nothing'}"
-    expected = "(h, c), two tensors," if cell == "lstm" else "one tensor"
-    raise ValueError(f"read_step: state is {found}, expected None or {expected} for cell={cell!r}")
 
 
 def _check_tensor(op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor, dtype=None) -> None:
@@ -193,19 +178,8 @@ def _check(
     step = op == "read_step"
     phi_names = ["phi_i"] if step else [f"phi[{i}]" for i in range(len(phi))]
     h_name, c_name = ("state (h)", "state (c)") if step else ("h0", "c0")
-    for name, value, known in (("cell", cell, GATES), ("norm", norm, NORMS), ("reduce", reduce, REDUCTIONS)):
-        if value not in known:
-            raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, known))}")
-    if not phi:
-        raise ValueError(f"{op}: phi is empty, expected at least one layer output")
-    if not eps >= 0 or eps == float("inf"):
-        raise ValueError(f"{op}: eps is {eps}, expected a finite number of at least 0")
-    if norm == "none" and norm_weight is not None:
-        raise ValueError(f"{op}: norm_weight was given with norm='none', expected None")
-    if norm != "layer" and norm_bias is not None:
-        raise ValueError(f"{op}: norm_bias was given with norm={norm!r}, expected None (only norm='layer' has a bias)")
-    if cell != "lstm" and c0 is not None:
-        raise ValueError(f"{op}: {c_name} was given with cell={cell!r}, expected None (only the lstm has a cell state)")
+    check_options(op, cell, norm, eps, reduce, norm_weight, norm_bias, c0)
+    check_layers(op, phi)
     if w_ih.dtype not in DTYPES:
         expected = ", ".join(map(str, DTYPES))
         raise ValueError(f"{op}: w_ih is {w_ih.dtype}, expected one of {expected}")
