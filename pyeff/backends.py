@@ -119,11 +119,13 @@ def support(op: str, name: str) -> Support:
     return Support(not reason, reason)
 
 
-def refusal(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
+def refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, transform: str = "") -> str:
     """Why backend ``name`` cannot serve this call; an empty string where it can."""
     state = support(op, name)
     if not state.usable or name == "reference":
         return state.reason
+    if transform:
+        return f"{transform} is not supported by the {name} kernels"
     if device.type != DEVICE[name]:
         return f"the tensors are on {device.type}, the {name} kernels work on {DEVICE[name]}"
     if dtype not in DTYPES[name]:
@@ -132,13 +134,14 @@ def refusal(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str
     return ""
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str = "") -> str:
+def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str = "", transform: str = "") -> str:
     """The backend that runs ``op`` on tensors of this device and dtype.
 
     Args:
         op (str): a public operation.
         device (torch.device), dtype (torch.dtype): those of its tensors.
         requested (str): a backend's name or ``"auto"``; empty stands for the one in force.
+        transform (str): what is done to the call that only the reference can follow; empty for an ordinary call.
 
     Raises:
         RuntimeError: a backend was named and cannot serve this call; the message says why.
@@ -148,11 +151,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str = "
     if requested not in (*NAMES, "auto"):
         raise ValueError(f"{op}: backend is {requested!r}, expected one of {', '.join((*NAMES, 'auto'))}")
     if requested != "auto":
-        reason = refusal(op, requested, device, dtype)
+        reason = refusal(op, requested, device, dtype, transform)
         if reason:
             raise RuntimeError(f"{op}: backend {requested!r} was asked for and cannot serve: {reason}")
         return requested
-    return next(name for name in OPS[op] if not refusal(op, name, device, dtype))
+    return next(name for name in OPS[op] if not refusal(op, name, device, dtype, transform))
 
 
 def info() -> dict[str, object]:

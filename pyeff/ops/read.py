@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from pyeff import backends, reference
 from pyeff.reference.read import GATES, NORMS, REDUCTIONS, check_layers, check_options, split_state
@@ -94,7 +96,7 @@ def read_recurrence(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, an unknown option, or an option that cannot
             apply.
-        RuntimeError: a backend was named that cannot serve the call; or a double backward.
+        RuntimeError: a backend was named that cannot serve the call; or a double backward through the kernels.
 
     All tensors have one dtype, float64, float32 or bfloat16 (float16 by the reference); under autocast the weights and
     states are cast to its dtype. Source: Nguyen et al., "READ: Recurrent Adaptation of Large Transformers", 2023, arXiv
@@ -215,6 +217,26 @@ def _cast(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
+def _transform(tensors: list[Tensor | None]) -> str:
+    """What only the reference can follow: a derivative in forward mode, or torch.func's transforms; or nothing.
+
+    torch would run the kernels on the values alone, and give derivatives of zero without a word.
+    """
+    transform = peek_interpreter_stack()
+    # Asking every tensor costs some microseconds. Where there is no dual level, no tensor has a tangent; but a graph
+    # that torch.compile traces enters its level unseen by forward_ad, with tensors of a subclass.
+    plain = type(tensors[0]) in (Tensor, torch.nn.Parameter)
+    if plain and transform is None and getattr(forward_ad, "_current_level", 0) < 0:
+        return ""
+    given = [t for t in tensors if t is not None]
+    if transform is not None and any(is_functorch_wrapped_tensor(t) for t in given):
+        forward = transform.key() == TransformType.Jvp
+        return "forward-mode differentiation" if forward else "a transform of torch.func (grad, vmap)"
+    # There is one level, 0: nested ones are those of torch.func.
+    dual = any(t.is_floating_point() and forward_ad.unpack_dual(t, level=0).tangent is not None for t in given)
+    return "forward-mode differentiation" if dual else ""
+
+
 def _prepare(
     op: str, phi: list[Tensor], rest: list[Any], backend: str, **options
 ) -> tuple[list[Tensor], list[Any], str]:
@@ -223,12 +245,12 @@ def _prepare(
     for name, t in zip(("w_ih", "w_hh", *phi_names), (*rest[:2], *phi), strict=True):
         if not isinstance(t, Tensor):  # a schema's Tensor lets None pass
             raise ValueError(f"{op}: {name} is {t!r}, expected a tensor")
-    dtype = _autocast_dtype(rest[0].device)
+    dtype, transform = _autocast_dtype(rest[0].device), _transform([*rest, *phi])
     if dtype is None:
         _check(op, phi, *rest, **options)
-        return phi, rest, backends.choose(op, rest[0].device, rest[0].dtype, backend)
+        return phi, rest, backends.choose(op, rest[0].device, rest[0].dtype, backend, transform)
     rest = _cast(rest, dtype)
-    chosen = backends.choose(op, rest[0].device, rest[0].dtype, backend)
+    chosen = backends.choose(op, rest[0].device, rest[0].dtype, backend, transform)
     # The kernels round a float32 phi as they pack it: no copy is made, and none is kept for the backward.
     if chosen == "cpu" and dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in phi):
         options["phi_dtype"] = torch.float32
@@ -283,6 +305,9 @@ def _step(
 
 _lib.impl("read_recurrence", _recurrence, "CompositeImplicitAutograd")
 _lib.impl("read_step", _step, "CompositeImplicitAutograd")
+# vmap decomposes no op of Python's by itself.
+_lib.impl("read_recurrence", _recurrence, "FuncTorchBatched")
+_lib.impl("read_step", _step, "FuncTorchBatched")
 
 
 # ---- The kernels' side: allocation, launch and the autograd formula.
@@ -325,7 +350,14 @@ def _codes(cell: str, norm: str, eps: float, reduce: str) -> tuple[int, int, flo
     return tuple(GATES).index(cell), NORMS.index(norm), eps, REDUCTIONS.index(reduce)
 
 
+def _refuse_tangents(name: str, tensors: list[Tensor | None]) -> None:
+    """A graph compiled for tensors without tangents calls the kernels with whatever it is given later."""
+    if transform := _transform(tensors):
+        raise RuntimeError(f"{name}: {transform} is not supported by the cpu kernels")
+
+
 def _forward_cpu(phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce, save):
+    _refuse_tangents("read_recurrence", [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, *phi])
     outputs = _empty_forward(phi, w_ih, w_hh, cell, norm, save)
     phi, rest = _operands(phi, (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0))
     torch.ops.pyeff_cpu.read_forward(phi, *rest, *_codes(cell, norm, eps, reduce), *outputs)
@@ -336,6 +368,7 @@ def _backward_cpu(
     grad_out, grad_c, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, h, c, gates, stats,
     cell, norm, eps, reduce, needs_phi, needs,
 ):  # fmt: skip
+    _refuse_tangents("read_recurrence", [w_ih, grad_out, grad_c, *phi, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0])
     outputs = _empty_backward(phi, w_ih, w_hh, h0, cell, needs_phi, needs)
     if phi[0].numel() == 0 or (grad_out is None and grad_c is None):
         return tuple(t.zero_() for t in outputs)
