@@ -193,6 +193,19 @@ def test_autocast_leaves_float64_alone(backend):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("tokens", [5, 0])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_autocast_does_not_mix_float64_with_less(backend, how, tokens):
+    """float64 weights stay float64, and a float32 phi beside them is the mistake that it is outside of autocast."""
+    call = make_read("gru", lead=(tokens,))
+    mixed = helpers.Read(
+        {n: t.float() if n.startswith("phi") else t for n, t in call.tensors.items()}, call.options
+    )
+    function = compiled(pyeff.ops.read_recurrence) if how == "compiled" else pyeff.ops.read_recurrence
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(Exception, match=r"phi\[0\] is .*, expected .*float64"):
+        mixed(function)
+
+
 def test_autocast_step(backend):
     call = make_read("lstm", layers=1, dtype=torch.float32)
     weights = {n: t for n, t in call.tensors.items() if n not in ("phi0", "h0", "c0")}

@@ -252,7 +252,7 @@ def _prepare(
     rest = _cast(rest, dtype)
     chosen = backends.choose(op, rest[0].device, rest[0].dtype, backend, transform)
     # The kernels round a float32 phi as they pack it: no copy is made, and none is kept for the backward.
-    if chosen == "cpu" and dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in phi):
+    if chosen == "cpu" and dtype == rest[0].dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in phi):
         options["phi_dtype"] = torch.float32
     else:
         phi = _cast(phi, dtype)
