@@ -198,9 +198,7 @@ def test_autocast_leaves_float64_alone(backend):
 def test_autocast_does_not_mix_float64_with_less(backend, how, tokens):
     """float64 weights stay float64, and a float32 phi beside them is the mistake that it is outside of autocast."""
     call = make_read("gru", lead=(tokens,))
-    mixed = helpers.Read(
-        {n: t.float() if n.startswith("phi") else t for n, t in call.tensors.items()}, call.options
-    )
+    mixed = helpers.Read({n: t.float() if n.startswith("phi") else t for n, t in call.tensors.items()}, call.options)
     function = compiled(pyeff.ops.read_recurrence) if how == "compiled" else pyeff.ops.read_recurrence
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(Exception, match=r"phi\[0\] is .*, expected .*float64"):
         mixed(function)

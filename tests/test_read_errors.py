@@ -76,9 +76,9 @@ CASES = {
     "w_ih complex": (put("w_ih", lambda t: t.to(torch.complex64)), "w_ih", "complex64", "expected", "float32"),
     "w_ih sparse": (put("w_ih", lambda t: t.to_sparse()), "w_ih", "sparse_coo", "expected", "strided"),
     "w_hh of the gru for another cell": (option(cell="lstm"), "w_hh", "[30, 10]", "expected", "[4 r, r]", "'lstm'"),
-    "w_ih missing": (put("w_ih", lambda _: None), "w_ih", "None", "expected a tensor"),
-    "w_hh missing": (put("w_hh", lambda _: None), "w_hh", "None", "expected a tensor"),
-    "one phi missing": (put("phi1", lambda _: None), "phi", "None"),
+    "w_ih missing": (put("w_ih", lambda _: None), "w_ih", "NoneType", "expected a tensor"),
+    "w_hh missing": (put("w_hh", lambda _: None), "w_hh", "NoneType", "expected a tensor"),
+    "one phi missing": (put("phi1", lambda _: None), "phi[1]", "NoneType", "expected a tensor"),
     "w_hh not square in its gates": (put("w_hh", lambda t: t[:, :9]), "w_hh", "[30, 9]", "expected", "[3 r, r]"),
     "w_hh empty": (put("w_hh", lambda t: t[:0, :0]), "w_hh", "[0, 0]", "expected", "[3 r, r]"),
     "w_hh a vector": (put("w_hh", lambda t: t[0]), "w_hh", "[10]", "expected", "[3 r, r]"),
@@ -99,7 +99,13 @@ CASES = {
     "h0 of one token": (put("h0", lambda t: t[:1]), "h0", "[1, 10]", "expected", "[5, 10]"),
     "h0 too narrow": (put("h0", lambda t: t[:, :9]), "h0", "[5, 9]", "expected", "[5, 10]"),
     "h0 of another dtype": (put("h0", lambda t: t.float()), "h0", "float32", "expected", "float64"),
-    "h0 a number": (put("h0", lambda _: 0.0), "Tensor", "h0", "float"),
+    "h0 a number": (put("h0", lambda _: 0.0), "h0", "float", "expected a tensor or None"),
+    "one phi of NumPy": (put("phi1", lambda t: t.numpy()), "phi[1]", "ndarray", "expected a tensor"),
+    "one phi a string": (put("phi2", lambda _: "phi"), "phi[2]", "str", "expected a tensor"),
+    "w_ih of NumPy": (put("w_ih", lambda t: t.numpy()), "w_ih", "ndarray", "expected a tensor"),
+    "w_hh a list": (put("w_hh", lambda t: t.tolist()), "w_hh", "list", "expected a tensor"),
+    "b_ih a number": (put("b_ih", lambda _: 1.0), "b_ih", "float", "expected a tensor or None"),
+    "norm_weight of NumPy": (put("norm_weight", lambda t: t.numpy()), "norm_weight", "ndarray", "expected a tensor"),
     "c0 without lstm": (put("c0", lambda _: torch.zeros(5, 10).double()), "c0", "'gru'", "expected None"),
 }  # fmt: skip
 
@@ -110,7 +116,8 @@ def test_bad_calls_name_the_argument(backend, case):
     call = make_read("gru", "rms")
     assert torch.isfinite(call()).all()
     mutate(call)
-    with pytest.raises((ValueError, RuntimeError), match=says(*parts)):
+    # What is no number is refused by the schema.
+    with pytest.raises(RuntimeError if case == "eps of another type" else ValueError, match=says(*parts)):
         call()
 
 
@@ -169,10 +176,10 @@ def test_bad_cell_state(backend, change, parts):
         call()
 
 
-@pytest.mark.parametrize("phi", [None, 3, object()])
+@pytest.mark.parametrize("phi", [None, 3, object(), "phi", torch.tensor(1.0)], ids=lambda phi: type(phi).__name__)
 def test_phi_that_is_no_sequence(phi):
     call = make_read("gru")
-    with pytest.raises(ValueError, match=says("phi", type(phi).__name__, "expected")):
+    with pytest.raises(ValueError, match=says("phi is a", type(phi).__name__[1:], "expected")):
         pyeff.ops.read_recurrence(phi, call.tensors["w_ih"], call.tensors["w_hh"])
 
 
@@ -212,6 +219,16 @@ def test_step_names_its_own_arguments(backend):
         pyeff.ops.read_step(call.phi[0].float(), None, **weights)
     with pytest.raises(ValueError, match=says("read_step", "phi_i", "[]", "expected")):
         pyeff.ops.read_step(call.phi[0][0, 0], None, **weights)
+    with pytest.raises(ValueError, match=says("read_step", "phi_i", "ndarray", "expected a tensor")):
+        pyeff.ops.read_step(call.phi[0].numpy(), None, **weights)
+    with pytest.raises(ValueError, match=says("read_step", "b_hh", "ndarray", "expected a tensor")):
+        pyeff.ops.read_step(call.phi[0], None, **{**weights, "b_hh": call.tensors["b_hh"].numpy()})
+
+
+def test_the_op_itself_checks_what_its_schema_lets_pass():
+    call = make_read("gru")
+    with pytest.raises(ValueError, match=says("read_recurrence", "w_hh", "NoneType", "expected a tensor")):
+        torch.ops.pyeff.read_recurrence(call.phi, call.tensors["w_ih"], None)
 
 
 def test_mixed_precision_without_autocast_raises(backend):

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, is_functorch_wrapped_tensor, peek_interpreter_stack
-from torch.autograd import forward_ad
 
 from pyeff import backends, reference
+from pyeff.ops._calls import autocast_dtype, cast, check_tensor, transform_of
 from pyeff.reference.read import GATES, NORMS, REDUCTIONS, check_layers, check_options, split_state
 
 # What the backward needs of a step beside h: nothing (1 - h^2), (r, z, n, R_n h + b), (i, f, g, o).
@@ -111,10 +110,16 @@ def read_recurrence(
         torch.Size([2, 5, 8])
         >>> out.sum().backward()
     """
-    if not isinstance(phi, Sequence | Tensor):
-        raise ValueError(f"read_recurrence: phi is a {type(phi).__name__}, expected a sequence of tensors [*, d]")
+    if not isinstance(phi, Sequence | Tensor) or isinstance(phi, str) or (isinstance(phi, Tensor) and phi.dim() == 0):
+        found = "a tensor of no dimension" if isinstance(phi, Tensor) else f"a {type(phi).__name__}"
+        raise ValueError(f"read_recurrence: phi is {found}, expected a sequence of tensors [*, d]")
+    phi = list(phi)
+    _check_types(
+        "read_recurrence", phi, w_ih, w_hh, b_ih=b_ih, b_hh=b_hh, norm_weight=norm_weight, norm_bias=norm_bias,
+        h0=h0, c0=c0,
+    )  # fmt: skip
     return torch.ops.pyeff.read_recurrence(
-        list(phi), w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, h0=h0, c0=c0, cell=cell,
+        phi, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, h0=h0, c0=c0, cell=cell,
         norm=norm, eps=eps, reduce=reduce, recompute=recompute, backend=backends.current(),
     )  # fmt: skip
 
@@ -155,6 +160,9 @@ def read_step(
         torch.Size([5, 8])
     """
     h, c = split_state(state, cell)
+    _check_types(
+        "read_step", [phi_i], w_ih, w_hh, b_ih=b_ih, b_hh=b_hh, norm_weight=norm_weight, norm_bias=norm_bias
+    )  # fmt: skip
     h, c = torch.ops.pyeff.read_step(
         phi_i, h, c, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm,
         eps=eps, backend=backends.current(),
@@ -162,24 +170,28 @@ def read_step(
     return (h, c) if cell == "lstm" else h
 
 
-def _check_tensor(op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor, dtype=None) -> None:
-    if tuple(t.shape) != shape:
-        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected {list(shape)}")
-    if t.dtype != (dtype or like.dtype):
-        raise ValueError(f"{op}: {name} is {t.dtype}, expected {dtype or like.dtype} as w_ih")
-    if t.device != like.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device} as w_ih")
-    if t.layout != torch.strided:
-        raise ValueError(f"{op}: {name} has layout {t.layout}, expected torch.strided (a dense tensor)")
+def _phi_name(op: str, i: int) -> str:
+    return "phi_i" if op == "read_step" else f"phi[{i}]"
+
+
+def _check_types(op: str, phi: Sequence[Any], w_ih: object, w_hh: object, **optional: object) -> None:
+    """That tensors are tensors. The dispatcher would name no item of phi, and let None pass for one."""
+    for i, phi_i in enumerate(phi):
+        if not isinstance(phi_i, Tensor):
+            raise ValueError(f"{op}: {_phi_name(op, i)} is a {type(phi_i).__name__}, expected a tensor [*, d]")
+    for name, t in (("w_ih", w_ih), ("w_hh", w_hh)):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{op}: {name} is a {type(t).__name__}, expected a tensor")
+    for name, t in optional.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise ValueError(f"{op}: {name} is a {type(t).__name__}, expected a tensor or None")
 
 
 def _check(
     op, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce="mean", phi_dtype=None,
 ):  # fmt: skip
     """Everything that can be wrong with a call, before anything is computed."""
-    step = op == "read_step"
-    phi_names = ["phi_i"] if step else [f"phi[{i}]" for i in range(len(phi))]
-    h_name, c_name = ("state (h)", "state (c)") if step else ("h0", "c0")
+    h_name, c_name = ("state (h)", "state (c)") if op == "read_step" else ("h0", "c0")
     check_options(op, cell, norm, eps, reduce, norm_weight, norm_bias, c0)
     check_layers(op, phi)
     if w_ih.dtype not in DTYPES:
@@ -189,73 +201,37 @@ def _check(
         raise ValueError(f"{op}: w_hh has shape {list(w_hh.shape)}, expected [{GATES[cell]} r, r] for {cell!r}")
     first = phi[0]
     if first.dim() == 0 or first.shape[-1] == 0:
-        raise ValueError(f"{op}: {phi_names[0]} has shape {list(first.shape)}, expected [*, d] with d of at least 1")
+        raise ValueError(f"{op}: {_phi_name(op, 0)} has shape {list(first.shape)}, expected [*, d] with d > 0")
     rank, width, lead = w_hh.shape[1], first.shape[-1], tuple(first.shape[:-1])
     gates = GATES[cell] * rank
-    _check_tensor(op, "w_ih", w_ih, (gates, width), w_ih)
-    _check_tensor(op, "w_hh", w_hh, (gates, rank), w_ih)
-    for name, phi_i in zip(phi_names, phi, strict=True):
-        _check_tensor(op, name, phi_i, tuple(first.shape), w_ih, phi_dtype)
+    check_tensor(op, "w_ih", w_ih, (gates, width), w_ih)
+    check_tensor(op, "w_hh", w_hh, (gates, rank), w_ih)
+    for i, phi_i in enumerate(phi):
+        check_tensor(op, _phi_name(op, i), phi_i, tuple(first.shape), w_ih, phi_dtype)
     for name, t, shape in (
         ("b_ih", b_ih, (gates,)), ("b_hh", b_hh, (gates,)), ("norm_weight", norm_weight, (width,)),
         ("norm_bias", norm_bias, (width,)), (h_name, h0, (*lead, rank)), (c_name, c0, (*lead, rank)),
     ):  # fmt: skip
         if t is not None:
-            _check_tensor(op, name, t, shape, w_ih)
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast asks for on this device; None where it is off."""
-    # torch knows no autocast for some devices (meta) and raises when asked.
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
-def _cast(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """Floating-point tensors in autocast's dtype; float64 is left alone."""
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
-
-
-def _transform(tensors: list[Tensor | None]) -> str:
-    """What only the reference can follow: a derivative in forward mode, or torch.func's transforms; or nothing.
-
-    torch would run the kernels on the values alone, and give derivatives of zero without a word.
-    """
-    transform = peek_interpreter_stack()
-    # Asking every tensor costs some microseconds. Where there is no dual level, no tensor has a tangent; but a graph
-    # that torch.compile traces enters its level unseen by forward_ad, with tensors of a subclass.
-    plain = type(tensors[0]) in (Tensor, torch.nn.Parameter)
-    if plain and transform is None and getattr(forward_ad, "_current_level", 0) < 0:
-        return ""
-    given = [t for t in tensors if t is not None]
-    if transform is not None and any(is_functorch_wrapped_tensor(t) for t in given):
-        forward = transform.key() == TransformType.Jvp
-        return "forward-mode differentiation" if forward else "a transform of torch.func (grad, vmap)"
-    # There is one level, 0: nested ones are those of torch.func.
-    dual = any(t.is_floating_point() and forward_ad.unpack_dual(t, level=0).tangent is not None for t in given)
-    return "forward-mode differentiation" if dual else ""
+            check_tensor(op, name, t, shape, w_ih)
 
 
 def _prepare(
     op: str, phi: list[Tensor], rest: list[Any], backend: str, **options
 ) -> tuple[list[Tensor], list[Any], str]:
     """Casts and checks the tensors of a call, and chooses its backend."""
-    phi_names = ["phi_i"] if op == "read_step" else [f"phi[{i}]" for i in range(len(phi))]
-    for name, t in zip(("w_ih", "w_hh", *phi_names), (*rest[:2], *phi), strict=True):
-        if not isinstance(t, Tensor):  # a schema's Tensor lets None pass
-            raise ValueError(f"{op}: {name} is {t!r}, expected a tensor")
-    dtype, transform = _autocast_dtype(rest[0].device), _transform([*rest, *phi])
+    _check_types(op, phi, *rest[:2])
+    dtype, transform = autocast_dtype(rest[0].device), transform_of([*rest, *phi])
     if dtype is None:
         _check(op, phi, *rest, **options)
         return phi, rest, backends.choose(op, rest[0].device, rest[0].dtype, backend, transform)
-    rest = _cast(rest, dtype)
+    rest = cast(rest, dtype)
     chosen = backends.choose(op, rest[0].device, rest[0].dtype, backend, transform)
     # The kernels round a float32 phi as they pack it: no copy is made, and none is kept for the backward.
     if chosen == "cpu" and dtype == rest[0].dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in phi):
         options["phi_dtype"] = torch.float32
     else:
-        phi = _cast(phi, dtype)
+        phi = cast(phi, dtype)
     _check(op, phi, *rest, **options)
     return phi, rest, chosen
 
@@ -310,9 +286,6 @@ _lib.impl("read_recurrence", _recurrence, "FuncTorchBatched")
 _lib.impl("read_step", _step, "FuncTorchBatched")
 
 
-# ---- The kernels' side: allocation, launch and the autograd formula.
-
-
 def _empty_forward(phi, w_ih, w_hh, cell, norm, save) -> tuple[Tensor, ...]:
     """Outputs of read_forward: out, c_last, h, c, gates, stats; what a call does not have is of size zero."""
     lead, rank, layers, lstm = phi[0].shape[:-1], w_hh.shape[1], len(phi), cell == "lstm"
@@ -331,7 +304,7 @@ def _empty_forward(phi, w_ih, w_hh, cell, norm, save) -> tuple[Tensor, ...]:
     )
 
 
-def _empty_backward(phi, w_ih, w_hh, h0, cell, needs_phi, needs) -> tuple[Tensor, ...]:
+def _empty_backward(phi, w_ih, w_hh, needs_phi, needs) -> tuple[Tensor, ...]:
     """Outputs of read_backward: the gradients in the order of read_forward's tensors, of size zero where not needed."""
     lead, width, rank, gates = phi[0].shape[:-1], phi[0].shape[-1], w_hh.shape[1], w_hh.shape[0]
     state = (*lead, rank)
@@ -350,14 +323,14 @@ def _codes(cell: str, norm: str, eps: float, reduce: str) -> tuple[int, int, flo
     return tuple(GATES).index(cell), NORMS.index(norm), eps, REDUCTIONS.index(reduce)
 
 
-def _refuse_tangents(name: str, tensors: list[Tensor | None]) -> None:
+def _refuse_tangents(tensors: list[Tensor | None]) -> None:
     """A graph compiled for tensors without tangents calls the kernels with whatever it is given later."""
-    if transform := _transform(tensors):
-        raise RuntimeError(f"{name}: {transform} is not supported by the cpu kernels")
+    if transform := transform_of(tensors):
+        raise RuntimeError(f"read_recurrence: {transform} is not supported by the cpu kernels")
 
 
 def _forward_cpu(phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce, save):
-    _refuse_tangents("read_recurrence", [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, *phi])
+    _refuse_tangents([w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, *phi])
     outputs = _empty_forward(phi, w_ih, w_hh, cell, norm, save)
     phi, rest = _operands(phi, (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0))
     torch.ops.pyeff_cpu.read_forward(phi, *rest, *_codes(cell, norm, eps, reduce), *outputs)
@@ -368,8 +341,8 @@ def _backward_cpu(
     grad_out, grad_c, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, h, c, gates, stats,
     cell, norm, eps, reduce, needs_phi, needs,
 ):  # fmt: skip
-    _refuse_tangents("read_recurrence", [w_ih, grad_out, grad_c, *phi, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0])
-    outputs = _empty_backward(phi, w_ih, w_hh, h0, cell, needs_phi, needs)
+    _refuse_tangents([w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, *phi, grad_out, grad_c])
+    outputs = _empty_backward(phi, w_ih, w_hh, needs_phi, needs)
     if phi[0].numel() == 0 or (grad_out is None and grad_c is None):
         return tuple(t.zero_() for t in outputs)
     phi, rest = _operands(phi, (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0))
@@ -390,7 +363,7 @@ def _backward_fake(
     grad_out, grad_c, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, h, c, gates, stats,
     cell, norm, eps, reduce, needs_phi, needs,
 ):  # fmt: skip
-    return _empty_backward(phi, w_ih, w_hh, h0, cell, needs_phi, needs)
+    return _empty_backward(phi, w_ih, w_hh, needs_phi, needs)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -1,0 +1,58 @@
+"""What every op asks of its tensors: shape and kind, autocast's dtype, and what is being done to the call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch.autograd import forward_ad
+
+
+def check_tensor(
+    op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Raises ValueError unless ``t`` has this shape, and the dtype (or ``dtype``), device and layout of w_ih."""
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected {list(shape)}")
+    if t.dtype != (dtype or like.dtype):
+        raise ValueError(f"{op}: {name} is {t.dtype}, expected {dtype or like.dtype} as w_ih")
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device} as w_ih")
+    if t.layout != torch.strided:
+        raise ValueError(f"{op}: {name} has layout {t.layout}, expected torch.strided (a dense tensor)")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on this device; None where it is off."""
+    # torch knows no autocast for some devices (meta) and raises when asked.
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def cast(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """Floating-point tensors in autocast's dtype; float64 is left alone."""
+    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def transform_of(tensors: list[Tensor | None]) -> str:
+    """What only the reference can follow: a derivative in forward mode, or torch.func's transforms; or nothing.
+
+    torch would run the kernels on the values alone, and give derivatives of zero without a word.
+    """
+    transform = peek_interpreter_stack()
+    # Asking every tensor costs some microseconds. Where there is no dual level, no tensor has a tangent; but a graph
+    # that torch.compile traces enters its level unseen by forward_ad, with tensors of a subclass.
+    plain = type(tensors[0]) in (Tensor, torch.nn.Parameter)
+    if plain and transform is None and getattr(forward_ad, "_current_level", 0) < 0:
+        return ""
+    given = [t for t in tensors if t is not None]
+    if transform is not None and any(is_functorch_wrapped_tensor(t) for t in given):
+        forward = transform.key() == TransformType.Jvp
+        return "forward-mode differentiation" if forward else "a transform of torch.func (grad, vmap)"
+    # There is one level, 0: nested ones are those of torch.func.
+    dual = any(t.is_floating_point() and forward_ad.unpack_dual(t, level=0).tangent is not None for t in given)
+    return "forward-mode differentiation" if dual else ""
