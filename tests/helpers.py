@@ -32,8 +32,6 @@ def need(op: str, name: str) -> None:
         pytest.fail(message) if name in REQUIRED else pytest.skip(message)
 
 
-# ---- tolerance ----
-#
 # The oracle is the reference in float64 on the very numbers that the low-precision call gets. In a dtype, the
 # reference itself is wrong by `allowed`; a kernel may be wrong by as much, plus what rounding alone does to a sum of
 # K terms.
@@ -92,8 +90,6 @@ def assert_three_way(
     )
 
 
-# ---- strided tensors ----
-
 STRIDES = ("contiguous", "sliced", "transposed", "every_second", "permuted", "expanded")
 
 
@@ -124,8 +120,6 @@ def lay_out(values: Tensor, kind: str) -> Tensor:
         raise ValueError(kind)
     return out.copy_(values)
 
-
-# ---- calls of READ ----
 
 WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "norm_weight", "norm_bias", "h0", "c0")
 

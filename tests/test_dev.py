@@ -58,9 +58,6 @@ def test_fma_loop(isa):
     assert dev.fma_loop("float32", 20, isa=isa, threads=3) == 6 * dev.fma_loop("float32", 10, isa=isa) > 0
 
 
-# ---- products ----
-
-
 def product_bound(number, x, w, result):
     """Rounding of sums in the compute type, and of the result."""
     wide = "float64" if number == "float64" else "float32"
@@ -97,9 +94,6 @@ def test_dot(isa, number, m, n, k):
     assert result.dtype == ("float64" if number == "float64" else "float32")
     bound = product_bound("float64" if number == "float64" else "float32", a64, b64, a64 @ b64.T)
     assert (np.abs(result - a64 @ b64.T) <= bound).all()
-
-
-# ---- READ ----
 
 
 def sigmoid(x):
@@ -260,7 +254,7 @@ def test_microbenchmark_runs_what_it_is_told(dtype, match, capsys):
     assert row.endswith("%")
 
 
-# ---- bad arguments: an exception that names them, never a crash ----
+# A bad argument is an exception that names it, never a crash: whoever develops a kernel calls it with many.
 
 
 @pytest.mark.parametrize(

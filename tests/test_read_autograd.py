@@ -151,9 +151,6 @@ def test_inputs_are_not_changed(backend):
         assert found[name].untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
 
 
-# ---- torch.library.opcheck ----
-
-
 def recurrence_arguments(cell: str, norm: str, wanted=(), **more):
     call = make_read(cell, norm, lead=(2, 3), **more).require_grad(wanted)
     given = {n: call.tensors.get(n) for n in helpers.WEIGHTS}

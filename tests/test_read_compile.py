@@ -150,9 +150,6 @@ def test_choice_that_cannot_serve_raises_under_compile(backend):
         call(function)
 
 
-# ---- autocast ----
-
-
 def autocast_oracle(call: helpers.Read) -> tuple[helpers.Read, helpers.Read]:
     """What autocast computes: the call in bfloat16, and the oracle on the same rounded numbers."""
     rounded = call.to(torch.bfloat16)

@@ -246,8 +246,6 @@ def test_shapes_are_inferred_on_the_meta_device(recwarn):
     assert out.shape == (2, 3, 10)
 
 
-# ---- fuzz ----
-
 TENSOR_CHANGES = {
     "float32": lambda t: t.to(torch.float32),
     "bfloat16": lambda t: t.to(torch.bfloat16),

@@ -21,6 +21,8 @@ from tests.helpers import make_read
 from tests.test_backends import output
 
 ROOT = Path(pyeff.__file__).resolve().parents[1]
+FOLDERS = ("pyeff", "csrc", "tests", "benchmarks", "kernels", "cmake", "scripts")
+SOURCES = (".py", ".h", ".cpp", ".cu", ".cmake", ".sh")
 OPTIONAL = ("rich", "typer", "matplotlib", "transformers", "safetensors", "triton", "numpy")
 
 # What others build on: it may grow, never shrink.
@@ -144,9 +146,6 @@ def test_examples_in_pages_run(page):
     assert not doctest.testfile(str(page), module_relative=False, optionflags=flags).failed
 
 
-# ---- every op has all of its parts ----
-
-
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_op_is_registered(op):
     packet = getattr(torch.ops.pyeff, op)
@@ -202,6 +201,15 @@ def test_op_runs_on_fake_tensors(op, backend):
     assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)
 
 
+def test_no_banners():
+    """Comments say why; a file that needs signposts between its parts is two files."""
+    sources = [ROOT / "CMakeLists.txt", *(p for f in FOLDERS for p in (ROOT / f).rglob("*") if p.suffix in SOURCES)]
+    assert len(sources) > 50
+    for path in sources:
+        found = re.findall(r"^\s*(?:#|//) ?[-=*#]{3,}.*$", path.read_text(), re.M)
+        assert not found, f"{path.relative_to(ROOT)}: {found}"
+
+
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_op_has_its_pages(op):
     """A stem names the same thing in every folder."""
@@ -212,9 +220,6 @@ def test_op_has_its_pages(op):
     tests = " ".join(path.read_text() for path in (ROOT / "tests").glob(f"test_{stem}*.py"))
     assert op in tests, f"no test names {op}"
     assert op in EXAMPLES
-
-
-# ---- layers and imports ----
 
 
 def test_importing_pyeff_registers_every_op():

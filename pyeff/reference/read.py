@@ -138,7 +138,8 @@ def _step(phi_i, state: Any, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, cel
         zero = x.new_zeros(*x.shape[:-1], w_hh.shape[1])
         state = (zero, zero) if cell == "lstm" else zero
     if cell == "lstm":
-        return lstm_cell(x, *state, w_ih, w_hh, b_ih, b_hh)
+        h, c = state
+        return lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     return {"gru": gru_cell, "rnn": rnn_cell}[cell](x, state, w_ih, w_hh, b_ih, b_hh)
 
 
