@@ -217,6 +217,10 @@ def test_op_has_its_pages(op):
     assert op.startswith(stem) or stem in ("multimask", "legonn")
     for page in ("pyeff/reference", "pyeff/ops", "pyeff/nn", "pyeff/recipes", "benchmarks"):
         assert (ROOT / page / f"{stem}.py").exists(), f"{page}/{stem}.py"
+    assert (ROOT / "docs" / f"{stem}.md").exists()
+    if "cpu" in backends.OPS[op]:
+        for page in ("csrc/cpu", "csrc/ops"):
+            assert (ROOT / page / f"{stem}.cpp").exists(), f"{page}/{stem}.cpp"
     tests = " ".join(path.read_text() for path in (ROOT / "tests").glob(f"test_{stem}*.py"))
     assert op in tests, f"no test names {op}"
     assert op in EXAMPLES
