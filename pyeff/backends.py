@@ -96,11 +96,18 @@ def current() -> str:
 def load_library() -> str:
     """Loads the compiled kernels once. Returns an empty string, or the reason why they cannot be used."""
     if not LIBRARY.exists():
-        return "the compiled library was not built (no C++ compiler when pyeff was installed)"
+        return (
+            "the compiled library was not built (no C++ compiler when pyeff was installed, PYEFF_NO_EXTENSION, or a "
+            "checkout that was never built)"
+        )
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the compiled library does not load: {error}"
+    try:
+        torch.ops.pyeff_cpu.isa_chosen()  # now, so that a wrong PYEFF_CPU_ISA is a reason and no crash later
+    except RuntimeError as error:
+        return f"the compiled library cannot be used: {str(error).splitlines()[0]}"
     return ""
 
 

@@ -169,6 +169,36 @@ def test_a_library_that_does_not_load(tmp_path):
     assert "does not load" in refusal
 
 
+WRONG_ISA = """
+import torch, pyeff
+from pyeff import backends
+info = pyeff.info()
+print(info["ops"]["read_recurrence"]["cpu"], info["cpu"]["reason"], info["cpu"]["isa_chosen"] == "", sep="|")
+phi, gru = [torch.ones(4, 16)], torch.nn.GRU(16, 8)
+print(tuple(pyeff.ops.read_recurrence(phi, gru.weight_ih_l0, gru.weight_hh_l0).shape))
+try:
+    with pyeff.backend("cpu"):
+        pyeff.ops.read_recurrence(phi, gru.weight_ih_l0, gru.weight_hh_l0)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_an_instruction_set_that_does_not_exist():
+    helpers.need("read_recurrence", "cpu")
+    state, shape, refusal = output(WRONG_ISA, PYEFF_CPU_ISA="sse9").splitlines()
+    said = "PYEFF_CPU_ISA is 'sse9', expected one of portable, avx2, avx512, avx512bf16"
+    support, reason, nothing_chosen = state.split("|")
+    assert "'usable': False" in support
+    assert said in support
+    assert said in reason
+    assert nothing_chosen == "True"
+    assert shape == "(4, 8)"
+    assert "cannot serve" in refusal
+    assert said in refusal
+    assert "csrc/" not in refusal
+
+
 def test_info_names_every_op_and_backend():
     info = pyeff.info()
     assert set(info["ops"]) == set(PUBLIC_OPS) == set(backends.OPS)
