@@ -136,7 +136,8 @@ def case(
         mode=mode,
         flops=flops,
         bytes=least_bytes,
-        reduction=tokens * layers if training else width + rank,
+        # Every gate sums d + r products and passes its error on through the layers; gradients then sum over tokens.
+        reduction=layers * (width + rank) + (tokens * layers if training else 0),
         make=sets,
         set_bytes=tokens * layers * width * dtype.itemsize,
         tensors=Inputs.tensors,

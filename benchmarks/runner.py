@@ -156,7 +156,8 @@ def _check_all(
 ) -> tuple[list[Measured], dict[str, list[Call]], str]:
     """Runs every contender twice: for its result, and for its memory. Returns the calls of those that passed."""
     measured, calls, method = {}, {}, ""
-    limits: list[float] | None = None
+    # Without the reference (it breaks, or has no room), what is left of the limit is the part without its error.
+    limits = error_limits([0.0] * len(truth), case.dtype, case.reduction)
     # The reference first, since its error in this dtype sets the limit of the others.
     for contender in sorted(case.contenders, key=lambda c: c.role != "reference"):
         progress.step(case, contender.name, "check")
@@ -166,7 +167,8 @@ def _check_all(
             rotation = _prepare(contender, sets)
             errors = relative_errors([t.detach() for t in rotation[0]()], truth)
             entry.error = max(errors)
-            limits = limits or error_limits(errors, case.dtype, case.reduction)
+            if contender.role == "reference":
+                limits = error_limits(errors, case.dtype, case.reduction)
             entry.status, entry.reason = _verdict(errors, limits)
             if entry.status == results.TIMED:
                 progress.step(case, contender.name, "memory")
@@ -207,14 +209,16 @@ def relative_errors(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> list[
 def error_limits(reference: list[float], dtype: torch.dtype, reduction: int) -> list[float]:
     """What the errors of outputs may be.
 
-    Four times the reference's in the same dtype; four roundings of the output; and what a plain running sum of
-    ``reduction`` random terms loses, u sqrt(K) with the unit roundoff u of the dtype that sums are kept in (at least
-    float32): the reference's own sums may be blocked, others need not be. Of the reference itself no more than thirty
-    roundings count, which is more than its depth makes and far less than a wrong result.
+    The reference's in the same dtype, and a bound for what another order of the same work adds: four roundings to the
+    dtype on the way to a result, and what a plain running sum of ``reduction`` random terms loses, u sqrt(K) with the
+    unit roundoff u of the dtype that sums are kept in (at least float32). The reference's sums may be blocked, others
+    need not be. The bound holds for the reference too: of its error no more than that counts, so that one that is wrong
+    lets nothing wrong pass.
     """
     eps = torch.finfo(dtype).eps
     roundoff = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
-    return [4 * min(error, 30 * eps) + 4 * eps + roundoff * math.sqrt(reduction) for error in reference]
+    bound = 4 * eps + roundoff * math.sqrt(reduction)
+    return [min(error, bound) + bound for error in reference]
 
 
 def _verdict(errors: list[float], limits: list[float]) -> tuple[str, str]:
