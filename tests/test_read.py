@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -338,6 +340,32 @@ def test_saved_for_backward(kernels, cell, norm, dtype, recompute):
     assert few > 0
     assert (many - few) / 256 <= allowed
     assert not [t.shape for t in kept if d in t.shape and t.numel() >= 512 * d]
+
+
+def test_the_documented_bytes_a_token():
+    """The table in docs/read.md, its columns of the definition included, is what the hooks count."""
+    page = Path(pyeff.__file__).resolve().parents[1] / "docs" / "read.md"
+    if not page.exists():
+        pytest.skip("these are not the sources")
+    rows = re.findall(r"^\| (RNN|GRU|LSTM) \| ([\d,]+(?: \| [\d,]+){5}) \|$", page.read_text(), re.M)
+    assert [cell for cell, _ in rows] == ["RNN", "GRU", "LSTM"]
+    helpers.need("read_recurrence", "cpu")
+
+    def a_token(backend, recompute, **kind):
+        with pyeff.backend(backend):
+            counts = [
+                saved_bytes(make_read(lead=(n,), layers=12, d=768, r=256, state=False, **kind), recompute)[0]
+                for n in (64, 96)
+            ]
+        return (counts[1] - counts[0]) // 32
+
+    for cell, numbers in rows:
+        counted = [
+            a_token(backend, recompute, cell=cell.lower(), norm="rms", dtype=dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+            for backend, recompute in (("cpu", False), ("cpu", True), ("reference", False))
+        ]
+        assert [int(number.replace(",", "")) for number in numbers.split(" | ")] == counted, cell
 
 
 class Allocations(TorchDispatchMode):
