@@ -346,16 +346,19 @@ def test_fuzz(backend, mutated, training, autocast):
             for n, t in call.tensors.items()
         }
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        refusal = None
         try:
             out = call(recompute=recompute)
         except (ValueError, RuntimeError) as error:
-            hypothesis.note(f"{done}: {error}")
-            assert any(change not in HARMLESS for _, change in done), (done, error)
-            assert_names_what_is_wrong(error, call, done)
-            if not options_fit(call):
-                with pytest.raises(ValueError, match="read_recurrence"):
-                    call(pyeff.reference.read_recurrence)
-            return
+            refusal = error
+    if refusal is not None:
+        hypothesis.note(f"{done}: {refusal}")
+        assert any(change not in HARMLESS for _, change in done), (done, refusal)
+        assert_names_what_is_wrong(refusal, call, done)
+        if not options_fit(call):
+            with pytest.raises(ValueError, match="read_recurrence"):
+                call(pyeff.reference.read_recurrence)
+        return
     # It passed the checks, so it is a valid call, and the reference knows the answer.
     assert options_fit(call), done
     assert all(t is None or isinstance(t, torch.Tensor) for t in call.tensors.values()), done
@@ -395,7 +398,7 @@ def test_fuzz_the_definition(mutated):
     call, done = mutated
     call.options.pop("recompute", None)
     if not options_fit(call):
-        with pytest.raises(ValueError, match="read_recurrence: .* expected"):
+        with pytest.raises(ValueError, match=r"read_recurrence: .* expected"):
             call(pyeff.reference.read_recurrence)
-    elif not any(name in call.tensors for name, _ in done):
+    elif not any(name == "cell" or name in call.tensors for name, _ in done):  # another cell needs other weights
         assert torch.isfinite(call(pyeff.reference.read_recurrence)).all(), done
