@@ -39,18 +39,9 @@ struct RowSource {
   }
   // Steps [begin, end) of K of one row, as operand elements.
   PYEFF_INLINE void pack(int64_t i, int64_t begin, int64_t end, Element* out) const {
-    const P* from = row(i);
-    const Compute<T> factor = scale ? scale[i] : Compute<T>(1);
-    for (int64_t p = begin; p < end; ++p) {
-      if constexpr (Op::kPack == 1) {
-        out[p - begin] = Element(widen(from[p * inner_stride])) * factor;
-      } else {
-        const int64_t at = 2 * p;
-        const float low = widen(from[at * inner_stride]) * factor;
-        const float high = at + 1 < k ? widen(from[(at + 1) * inner_stride]) * factor : 0.0f;
-        out[p - begin] = pair_bits(narrow<T>(low), narrow<T>(high));
-      }
-    }
+    const int64_t first = begin * Op::kPack, last = smaller(k, end * Op::kPack);
+    pack_row<T>(out, row(i) + first * inner_stride, inner_stride, last - first, Compute<T>(0),
+                scale ? scale[i] : Compute<T>(1));
   }
 };
 

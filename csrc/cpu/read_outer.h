@@ -161,7 +161,7 @@ struct ReadOuter {
   void finish(int64_t panel) const {
     if (panel < x_panels)
       finish_x(panel);
-    else if (out.dw_hh)
+    else
       finish_h(panel - x_panels);
   }
 

@@ -284,18 +284,12 @@ struct ReverseBlock {
   // The gates of one layer from phi and the saved states: the forward's tile without its state.
   void recompute_gates(int64_t layer, int64_t first, int64_t count) {
     if constexpr (CellT::kSaved == 0) return;
-    ReadInput<T>::prepare(p, layer, first, count, w.packed_stride, w.packed, w.x, w.mean, w.rstd);
+    ReadInput<T>::prepare(p, layer, first, count, forward->zeros, w.packed_stride, w.packed, w.x, w.mean, w.rstd);
     const bool has_state = layer > 0 || p.h0;
     for (int64_t n = 0; has_state && n < count; ++n) {
       const T* row = previous_state(out.h, p.h0, layer, first + n);
-      Element* packed = w.packed_h + n * w.packed_h_stride;
-      for (int64_t k = 0; k < s.steps_h; ++k) {
-        if constexpr (Op::kPack == 1)
-          packed[k] = Element(widen(row[k]));
-        else
-          packed[k] = pair_bits(row[2 * k], 2 * k + 1 < s.rank ? row[2 * k + 1] : T{});
-      }
-      w.h[n] = packed;
+      pack_row<T>(w.packed_h + n * w.packed_h_stride, row, 1, s.rank, C(0), C(1));
+      w.h[n] = w.packed_h + n * w.packed_h_stride;
     }
     constexpr int rows = kTileRows<CellT::kVectors>;
     for (int64_t panel = 0; panel < s.panels; ++panel)
