@@ -1,8 +1,8 @@
 // The matrix product that the CPU families share: C = epilogue(sum over terms of prologue(A) B), on the register tile.
 //
-// The right operand is packed once (pack_columns_nk or pack_columns_kn) and the left one is taken as it lies where it can
-// be, else rearranged a block of rows at a time by its prologue. Both hooks are types, so that they are compiled into the
-// loop. Families with an inner loop of their own take the tile and the prologues alone.
+// The right operand is packed once (pack_columns_nk or pack_columns_kn) and the left one is taken as it lies where it
+// can be, else rearranged a block of rows at a time by its prologue. Both hooks are types, so that they are compiled
+// into the loop. Families with an inner loop of their own take the tile and the prologues alone.
 #pragma once
 
 #include "arena.h"
@@ -16,8 +16,8 @@ PYEFF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 PYEFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PYEFF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// A left operand of stored type P for products in T: row i starts at base + index(i) * row_stride, or at pointers[i], and
-// is multiplied by scale[i].
+// A left operand of stored type P for products in T: row i starts at base + index(i) * row_stride, or at pointers[i],
+// and is multiplied by scale[i].
 template <class T, class P = T>
 struct RowSource {
   using Op = Operand<T>;
@@ -163,7 +163,8 @@ bool multiply(const Parallel& parallel, int64_t m, int64_t n, const Term<T, P>* 
               LeftRows<Element, MR> tile_rows;
               for (int r = 0; r < MR; ++r) tile_rows.row[r] = rows[i + smaller(r, valid - 1)];
               Tile<Op, MR, NV> tile;
-              C* kept = chunks > 1 ? sums + ((panel - begin) * ceil_div(Block::kRows, MR) + i / MR) * MR * kWidth : nullptr;
+              C* kept =
+                  chunks > 1 ? sums + ((panel - begin) * ceil_div(Block::kRows, MR) + i / MR) * MR * kWidth : nullptr;
               if (chunk == 0)
                 tile.zero();
               else

@@ -1,7 +1,7 @@
 // Prologues: operands rearranged into the order in which the register tile reads them, converted and scaled on the way.
 //
-// A right panel is [K / pack][width] and a left panel [K / pack][rows], where pack is 2 for pairs of bf16 and 1 otherwise.
-// What an odd K lacks is zero. Lanes past the last column hold anything: their products are never stored.
+// A right panel is [K / pack][width] and a left panel [K / pack][rows], where pack is 2 for pairs of bf16 and 1
+// otherwise. What an odd K lacks is zero. Lanes past the last column hold anything: their products are never stored.
 #pragma once
 
 #include <type_traits>
@@ -120,8 +120,8 @@ PYEFF_INLINE void pack_row(typename Operand<T>::Element* out, const P* row, int6
   if (k % Operand<T>::kPack) to[k] = D{};
 }
 
-// One vector of columns of a matrix given by its rows, k of them: panel[p][lane] = (row(p)[lane] - shift[p]) * scale[p].
-// `row(p)` returns a pointer to the first of `count` elements; shift and scale may be null.
+// One vector of columns of a matrix given by its rows, k of them: panel[p][lane] = (row(p)[lane] - shift[p]) *
+// scale[p]. `row(p)` returns a pointer to the first of `count` elements; shift and scale may be null.
 template <class T, class P, class Row>
 PYEFF_INLINE void pack_columns_kn(typename Operand<T>::Element* panel, int64_t width, const Row& row, int64_t stride,
                                   int64_t count, int64_t k, const Compute<T>* shift, const Compute<T>* scale) {
@@ -144,7 +144,8 @@ PYEFF_INLINE void pack_columns_kn(typename Operand<T>::Element* panel, int64_t w
   }
 }
 
-// A left panel of `count` <= MR columns of a matrix given by its rows, k of them: panel[p][i] = row(p)[i]; zero past count.
+// A left panel of `count` <= MR columns of a matrix given by its rows, k of them: panel[p][i] = row(p)[i]; zero past
+// count.
 template <class T, int MR, class Row>
 PYEFF_INLINE void pack_left_kn(typename Operand<T>::Element* panel, const Row& row, int64_t count, int64_t k) {
   using Op = Operand<T>;
@@ -160,8 +161,7 @@ PYEFF_INLINE void pack_left_kn(typename Operand<T>::Element* panel, const Row& r
       }
     } else {
       const T* second = 2 * p + 1 < k ? row(2 * p + 1) : nullptr;
-      for (int i = 0; i < MR; ++i)
-        panel[i] = i < count ? pair_bits(first[i], second ? second[i] : T{}) : Element(0);
+      for (int i = 0; i < MR; ++i) panel[i] = i < count ? pair_bits(first[i], second ? second[i] : T{}) : Element(0);
     }
   }
 }

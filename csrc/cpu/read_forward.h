@@ -1,5 +1,6 @@
-// READ's forward. Each thread takes a range of tokens and carries a block of them through all layers: both products and the
-// gates of some tokens and units (GRU on AVX-512: 8 x 16) happen in one register tile, and the state never leaves the cache.
+// READ's forward. Each thread takes a range of tokens and carries a block of them through all layers: both products and
+// the gates of some tokens and units (GRU on AVX-512: 8 x 16) happen in one register tile, and the state never leaves
+// the cache.
 #pragma once
 
 #include "read_pack.h"
@@ -7,8 +8,8 @@
 namespace pyeff {
 namespace PYEFF_ISA {
 
-// Tokens of a block: its rows of phi and its states share the second-level cache with a panel of the weights. A multiple of
-// every tile's rows.
+// Tokens of a block: its rows of phi and its states share the second-level cache with a panel of the weights. A
+// multiple of every tile's rows.
 constexpr int64_t kReadBlock = 96;
 
 // Row `row` of what is saved for the backward; null where nothing is.
@@ -28,13 +29,13 @@ struct ReadBlock {
 
   // Scratch of one thread.
   struct Workspace {
-    Element* packed;           // [kReadBlock][steps_x + pad]
-    const Element** x;         // [kReadBlock]
+    Element* packed;    // [kReadBlock][steps_x + pad]
+    const Element** x;  // [kReadBlock]
     const Element** h_rows[2];
     C *mean, *rstd;
-    C* state[2];               // [kReadBlock][units], the previous step and this one
-    Element* operand[2];       // the same as left operands; alias `state` where the types agree
-    C *cell, *sum;             // [kReadBlock][units]
+    C* state[2];          // [kReadBlock][units], the previous step and this one
+    Element* operand[2];  // the same as left operands; alias `state` where the types agree
+    C *cell, *sum;        // [kReadBlock][units]
 
     int64_t packed_stride, operand_stride;
 
@@ -163,8 +164,7 @@ struct ReadBlock {
       C* sum = w.sum + n * s.units + u;
       store(sum, load(sum) + h);
     }
-    if (T* saved = row_of<T>(out.h, layer * s.tokens + first + n, s.rank); saved)
-      store_first(saved + u, h, s.rank - u);
+    if (T* saved = row_of<T>(out.h, layer * s.tokens + first + n, s.rank); saved) store_first(saved + u, h, s.rank - u);
   }
 
   PYEFF_INLINE void save_gates(int64_t layer, int64_t token, int64_t u, V a, V b, V c, V d) {

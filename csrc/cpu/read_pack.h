@@ -7,7 +7,6 @@
 namespace pyeff {
 namespace PYEFF_ISA {
 
-
 // Calls run(P{}) with the type that phi is stored in.
 template <class T, class Function>
 PYEFF_INLINE void with_phi(const ReadProblem& p, const Function& run) {

@@ -1,5 +1,5 @@
-// READ's backward, first phase: the recurrence in reverse for a block of tokens. It leaves the gradients of the gates' sums
-// for the weight products (read_outer.h) and, where asked, the gradients of phi, h0 and c0.
+// READ's backward, first phase: the recurrence in reverse for a block of tokens. It leaves the gradients of the gates'
+// sums for the weight products (read_outer.h) and, where asked, the gradients of phi, h0 and c0.
 #pragma once
 
 #include <type_traits>
@@ -9,8 +9,8 @@
 namespace pyeff {
 namespace PYEFF_ISA {
 
-// The gradient of the gates' sums is stored as segments of one rank each. The GRU's candidate has two: what reaches it from
-// x is da_n, what reaches it from h is r da_n. In the order (n, r, z, r n) either set is contiguous.
+// The gradient of the gates' sums is stored as segments of one rank each. The GRU's candidate has two: what reaches it
+// from x is da_n, what reaches it from h is r da_n. In the order (n, r, z, r n) either set is contiguous.
 template <class CellT>
 struct Segments {
   static constexpr bool kGru = CellT::kCell == Cell::gru;
@@ -58,7 +58,8 @@ struct ReverseWeights {
   }
   void pack(const ReadProblem& p, const Shape& s, int64_t panel) {
     if (panel < s.rank_panels)
-      pack_one(h + panel * s.steps_da() * Shape::kColumns, s, static_cast<const T*>(p.w_hh), s.rank, panel, Seg::gate_h);
+      pack_one(h + panel * s.steps_da() * Shape::kColumns, s, static_cast<const T*>(p.w_hh), s.rank, panel,
+               Seg::gate_h);
     else
       pack_one(x + (panel - s.rank_panels) * s.steps_da() * Shape::kColumns, s, static_cast<const T*>(p.w_ih), s.width,
                panel - s.rank_panels, Seg::gate_x);
@@ -90,10 +91,10 @@ struct ReverseBlock {
 
   // Scratch of one thread.
   struct Workspace {
-    C *dh, *dc;           // [kReadBlock][rank_pad]
-    C* dx;                // [kReadBlock][width_panels * kColumns]
-    T* gates;             // [kReadBlock][saved gates * rank], when they are computed again
-    Element* packed;      // [kReadBlock][packed_stride] and the states' rows behind it, likewise
+    C *dh, *dc;       // [kReadBlock][rank_pad]
+    C* dx;            // [kReadBlock][width_panels * kColumns]
+    T* gates;         // [kReadBlock][saved gates * rank], when they are computed again
+    Element* packed;  // [kReadBlock][packed_stride] and the states' rows behind it, likewise
     Element* packed_h;
     const Element **x, **h;
     C *mean, *rstd;
@@ -121,8 +122,8 @@ struct ReverseBlock {
   const ReverseWeights<T, CellT>& weights;
   const ReadWeights<T, CellT>* forward;  // only to compute the gates again
   Workspace& w;
-  D* da;       // [layers][chunk][da_stride], of the tokens from chunk_first on
-  C* bias;     // [chunk / 8][segments x rank_pad], sums over layers and 8 tokens
+  D* da;    // [layers][chunk][da_stride], of the tokens from chunk_first on
+  C* bias;  // [chunk / 8][segments x rank_pad], sums over layers and 8 tokens
   int64_t chunk_first, chunk;
 
   PYEFF_INLINE D* da_row(int64_t layer, int64_t token) const {

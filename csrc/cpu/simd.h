@@ -1,7 +1,8 @@
 // Vectors of the instruction set that this translation unit is compiled for.
 //
-// Every kernel source is compiled once for each instruction set, inside the namespace PYEFF_ISA, from the same text: the
-// compiler's generic vectors carry the arithmetic, and only what they cannot say (the bf16 dot product) is an intrinsic.
+// Every kernel source is compiled once for each instruction set, inside the namespace PYEFF_ISA, from the same text:
+// the compiler's generic vectors carry the arithmetic, and only what they cannot say (the bf16 dot product) is an
+// intrinsic.
 #pragma once
 
 #include <cstdint>
