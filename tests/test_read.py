@@ -407,3 +407,18 @@ def test_unbound_tensor_of_layers(backend):
     expected = call()
     for phi in (tuple(call.phi), torch.stack(call.phi)):
         assert torch.equal(pyeff.ops.read_recurrence(phi, **weights), expected)
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_numbers_whose_squares_overflow(tokens, dtype):
+    """They are normalised to nothing, as by the definition, and never overflow in a product first."""
+    phi = torch.randn(tokens, 33, dtype=torch.float64).to(dtype)
+    phi[3] = 3e38
+    weights = [torch.randn(30, n, dtype=torch.float64).to(dtype) for n in (33, 10)]
+    for layer in (phi, phi.t().contiguous().t()):
+        out = pyeff.ops.read_recurrence([layer, layer], *weights)
+        assert out.isfinite().all()
+        with pyeff.backend("reference"):
+            expected = pyeff.ops.read_recurrence([layer, layer], *weights)
+        torch.testing.assert_close(out[3], expected[3])

@@ -1,5 +1,5 @@
-// Products of few rows with a matrix that is read in place: both operands lie along K, so nothing is packed, and each sum is
-// a whole vector until the end. It is what a matrix deserves that is used once.
+// Products of few rows with a matrix that is read in place: both operands lie along K, so nothing is packed, and each
+// sum is a whole vector until the end. It is what a matrix deserves that is used once.
 #pragma once
 
 #include "simd.h"
@@ -27,8 +27,8 @@ struct DotStep<bf16> {
 };
 #endif
 
-// out[j] = left[i] . right[j] for MR rows on the left, whose padding up to a multiple of the step is zero, and NR rows on
-// the right, `stride` apart, which end at k. The results of row i start at out[i].
+// out[j] = left[i] . right[j] for MR rows on the left, whose padding up to a multiple of the step is zero, and NR rows
+// on the right, `stride` apart, which end at k. The results of row i start at out[i].
 template <class T, int MR, int NR>
 __attribute__((noinline)) void dot_tile(const T* const* left, const T* right, int64_t stride, int64_t k,
                                         Compute<T>* const* out) {

@@ -1,8 +1,8 @@
 // The matrix product that the CPU families share: C = epilogue(sum over terms of prologue(A) B), on the register tile.
 //
-// The right operand is packed once (pack_columns_nk or pack_columns_kn) and the left one is taken as it lies where it can
-// be, else rearranged a block of rows at a time by its prologue. Both hooks are types, so that they are compiled into the
-// loop. Families with an inner loop of their own take the tile and the prologues alone.
+// The right operand is packed once (pack_columns_nk or pack_columns_kn) and the left one is taken as it lies where it
+// can be, else rearranged a block of rows at a time by its prologue. Both hooks are types, so that they are compiled
+// into the loop. Families with an inner loop of their own take the tile and the prologues alone.
 #pragma once
 
 #include "arena.h"
@@ -16,8 +16,8 @@ PYEFF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 PYEFF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PYEFF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// A left operand of stored type P for products in T: row i starts at base + index(i) * row_stride, or at pointers[i], and
-// is multiplied by scale[i].
+// A left operand of stored type P for products in T: row i starts at base + index(i) * row_stride, or at pointers[i],
+// and is multiplied by scale[i].
 template <class T, class P = T>
 struct RowSource {
   using Op = Operand<T>;
@@ -39,18 +39,9 @@ struct RowSource {
   }
   // Steps [begin, end) of K of one row, as operand elements.
   PYEFF_INLINE void pack(int64_t i, int64_t begin, int64_t end, Element* out) const {
-    const P* from = row(i);
-    const Compute<T> factor = scale ? scale[i] : Compute<T>(1);
-    for (int64_t p = begin; p < end; ++p) {
-      if constexpr (Op::kPack == 1) {
-        out[p - begin] = Element(widen(from[p * inner_stride])) * factor;
-      } else {
-        const int64_t at = 2 * p;
-        const float low = widen(from[at * inner_stride]) * factor;
-        const float high = at + 1 < k ? widen(from[(at + 1) * inner_stride]) * factor : 0.0f;
-        out[p - begin] = pair_bits(narrow<T>(low), narrow<T>(high));
-      }
-    }
+    const int64_t first = begin * Op::kPack, last = smaller(k, end * Op::kPack);
+    pack_row<T>(out, row(i) + first * inner_stride, inner_stride, last - first, Compute<T>(0),
+                scale ? scale[i] : Compute<T>(1));
   }
 };
 
@@ -172,7 +163,8 @@ bool multiply(const Parallel& parallel, int64_t m, int64_t n, const Term<T, P>* 
               LeftRows<Element, MR> tile_rows;
               for (int r = 0; r < MR; ++r) tile_rows.row[r] = rows[i + smaller(r, valid - 1)];
               Tile<Op, MR, NV> tile;
-              C* kept = chunks > 1 ? sums + ((panel - begin) * ceil_div(Block::kRows, MR) + i / MR) * MR * kWidth : nullptr;
+              C* kept =
+                  chunks > 1 ? sums + ((panel - begin) * ceil_div(Block::kRows, MR) + i / MR) * MR * kWidth : nullptr;
               if (chunk == 0)
                 tile.zero();
               else

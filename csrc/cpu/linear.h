@@ -1,4 +1,5 @@
-// y = x W^T + b on the shared product: what the benchmarks measure it by, and the dense case that other families compare to.
+// y = x W^T + b on the shared product: what the benchmarks measure it by, and the dense case that other families
+// compare to.
 #pragma once
 
 #include <cstdint>

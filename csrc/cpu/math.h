@@ -68,8 +68,8 @@ PYEFF_INLINE Vec<T> sigmoid(Vec<T> x) {
 template <class T>
 PYEFF_INLINE Vec<T> tanh(Vec<T> x) {
   using Int = typename VectorOf<T>::Int;
-  // tanh|x| = m / (m + 2) with m = exp(2|x|) - 1, which keeps its relative precision near zero. The sign is moved bit by
-  // bit, which keeps that of zero, too.
+  // tanh|x| = m / (m + 2) with m = exp(2|x|) - 1, which keeps its relative precision near zero. The sign is moved bit
+  // by bit, which keeps that of zero, too.
   const Int sign = bit_cast<Int>(x) & bit_cast<Int>(splat<Vec<T>>(T(-0.0)));
   Vec<T> magnitude = bit_cast<Vec<T>>(Int(bit_cast<Int>(x) ^ sign));
   SplitExp<T> e(clamp<T>(magnitude + magnitude, T(0), ExpTraits<T>::tanh_saturates));

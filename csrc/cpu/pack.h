@@ -1,8 +1,10 @@
 // Prologues: operands rearranged into the order in which the register tile reads them, converted and scaled on the way.
 //
-// A right panel is [K / pack][width] and a left panel [K / pack][rows], where pack is 2 for pairs of bf16 and 1 otherwise.
-// What an odd K lacks is zero. Lanes past the last column hold anything: their products are never stored.
+// A right panel is [K / pack][width] and a left panel [K / pack][rows], where pack is 2 for pairs of bf16 and 1
+// otherwise. What an odd K lacks is zero. Lanes past the last column hold anything: their products are never stored.
 #pragma once
+
+#include <type_traits>
 
 #include "tile.h"
 
@@ -15,13 +17,6 @@ constexpr int64_t steps(int64_t k) {
 }
 
 PYEFF_INLINE uint32_t pair_bits(bf16 low, bf16 high) { return uint32_t(low.bits) | uint32_t(high.bits) << 16; }
-
-// bf16 bits of a float vector, one in each 32-bit lane.
-PYEFF_INLINE UInt32V rounded_bits(FloatV v) {
-  UInt32V u = bit_cast<UInt32V>(v);
-  UInt32V rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return v != v ? (u >> 16) | 0x40 : rounded;
-}
 
 // One vector's worth of operand elements of a row, from element `p` of K on, times scale; zero past the end.
 template <class T>
@@ -45,6 +40,18 @@ PYEFF_INLINE Vec<typename Operand<T>::Acc> load_elements(const T* row, int64_t p
   }
 }
 
+// Lane l of the result is lane from[l] of the two vectors behind each other.
+template <class T>
+PYEFF_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, typename VectorOf<T>::Int from) {
+#if defined(__clang__)
+  Vec<T> to;
+  for (int l = 0; l < kLanes<T>; ++l) to[l] = from[l] < kLanes<T> ? a[from[l]] : b[from[l] - kLanes<T>];
+  return to;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // Transposes a square of vectors: each stage interleaves the first half of the rows with the second.
 template <class T>
 PYEFF_INLINE void transpose(Vec<T>* rows) {
@@ -61,8 +68,8 @@ PYEFF_INLINE void transpose(Vec<T>* rows) {
     V next[lanes];
 #pragma GCC unroll 8
     for (int i = 0; i < lanes / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + lanes / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + lanes / 2], high);
+      next[2 * i] = shuffle<T>(rows[i], rows[i + lanes / 2], low);
+      next[2 * i + 1] = shuffle<T>(rows[i], rows[i + lanes / 2], high);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) rows[i] = next[i];
@@ -88,18 +95,33 @@ void pack_columns_nk(typename Operand<T>::Element* panel, int64_t width, const T
   }
 }
 
-// Up to `lanes` neighbours of one row as a vector of the compute type; zero past `count`. The stride is in elements.
-template <class P>
-PYEFF_INLINE Vec<Compute<P>> load_strided(const P* p, int64_t stride, int64_t count) {
-  constexpr int lanes = kLanes<Compute<P>>;
-  if (stride == 1) return load_first(p, count);
-  Compute<P> lane[lanes];
-  for (int l = 0; l < lanes; ++l) lane[l] = l < count ? widen(p[l * stride]) : Compute<P>(0);
+// Up to `lanes` neighbours of one row as a vector of the compute type C; zero past `count`. The stride is in elements.
+template <class P, class C = Compute<P>>
+PYEFF_INLINE Vec<C> load_strided(const P* p, int64_t stride, int64_t count) {
+  constexpr int lanes = kLanes<C>;
+  if constexpr (std::is_same_v<C, Compute<P>>) {
+    if (stride == 1) return load_first(p, count);
+  }
+  C lane[lanes];
+  for (int l = 0; l < lanes; ++l) lane[l] = l < count ? C(widen(p[l * stride])) : C(0);
   return load(lane);
 }
 
-// One vector of columns of a matrix given by its rows, k of them: panel[p][lane] = (row(p)[lane] - shift[p]) * scale[p].
-// `row(p)` returns a pointer to the first of `count` elements; shift and scale may be null.
+// One row of a left operand: (row[i] - shift) * scale for the k numbers of a stored row, in the operand's type.
+template <class T, class P>
+PYEFF_INLINE void pack_row(typename Operand<T>::Element* out, const P* row, int64_t stride, int64_t k, Compute<T> shift,
+                           Compute<T> scale) {
+  using C = Compute<T>;
+  using D = std::conditional_t<Operand<T>::kPack == 2, T, C>;  // pairs of neighbours are neighbours in memory
+  constexpr int lanes = kLanes<C>;
+  D* to = reinterpret_cast<D*>(out);
+  for (int64_t i = 0; i < k; i += lanes)
+    store_first(to + i, (load_strided<P, C>(row + i * stride, stride, k - i) - shift) * scale, k - i);
+  if (k % Operand<T>::kPack) to[k] = D{};
+}
+
+// One vector of columns of a matrix given by its rows, k of them: panel[p][lane] = (row(p)[lane] - shift[p]) *
+// scale[p]. `row(p)` returns a pointer to the first of `count` elements; shift and scale may be null.
 template <class T, class P, class Row>
 PYEFF_INLINE void pack_columns_kn(typename Operand<T>::Element* panel, int64_t width, const Row& row, int64_t stride,
                                   int64_t count, int64_t k, const Compute<T>* shift, const Compute<T>* scale) {
@@ -122,7 +144,8 @@ PYEFF_INLINE void pack_columns_kn(typename Operand<T>::Element* panel, int64_t w
   }
 }
 
-// A left panel of `count` <= MR columns of a matrix given by its rows, k of them: panel[p][i] = row(p)[i]; zero past count.
+// A left panel of `count` <= MR columns of a matrix given by its rows, k of them: panel[p][i] = row(p)[i]; zero past
+// count.
 template <class T, int MR, class Row>
 PYEFF_INLINE void pack_left_kn(typename Operand<T>::Element* panel, const Row& row, int64_t count, int64_t k) {
   using Op = Operand<T>;
@@ -138,8 +161,7 @@ PYEFF_INLINE void pack_left_kn(typename Operand<T>::Element* panel, const Row& r
       }
     } else {
       const T* second = 2 * p + 1 < k ? row(2 * p + 1) : nullptr;
-      for (int i = 0; i < MR; ++i)
-        panel[i] = i < count ? pair_bits(first[i], second ? second[i] : T{}) : Element(0);
+      for (int i = 0; i < MR; ++i) panel[i] = i < count ? pair_bits(first[i], second ? second[i] : T{}) : Element(0);
     }
   }
 }

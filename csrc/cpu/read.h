@@ -13,7 +13,6 @@ enum class Cell : int { rnn, gru, lstm };
 enum class Norm : int { rms, layer, none };
 enum class Reduce : int { mean, last };
 
-
 // The rows of one layer output [*, d]: row n starts where the mixed-radix digits of n over `size` point.
 struct ReadRows {
   static constexpr int kMaxDims = 8;
@@ -37,15 +36,15 @@ struct ReadProblem {
 };
 
 struct ReadForward {
-  void *out, *c_last;                // [tokens, rank]; c_last for the LSTM
-  void *h, *c, *gates;               // [layers, tokens, rank], the same, [layers, tokens, saved gates * rank]
-  void* stats;                       // [1 or 2][layers, tokens] of the compute type: rstd, then the mean (layer norm)
+  void *out, *c_last;   // [tokens, rank]; c_last for the LSTM
+  void *h, *c, *gates;  // [layers, tokens, rank], the same, [layers, tokens, saved gates * rank]
+  void* stats;          // [1 or 2][layers, tokens] of the compute type: rstd, then the mean (layer norm)
 };
 
 struct ReadBackward {
-  const void *grad_out, *grad_c;     // [tokens, rank]; either may be null
-  const void *h, *c, *gates, *stats; // as saved; null gates are computed again
-  void* const* dphi;                 // [layers] of [tokens, width], null where not wanted
+  const void *grad_out, *grad_c;      // [tokens, rank]; either may be null
+  const void *h, *c, *gates, *stats;  // as saved; null gates are computed again
+  void* const* dphi;                  // [layers] of [tokens, width], null where not wanted
   void *dw_ih, *dw_hh, *db_ih, *db_hh, *dnorm_weight, *dnorm_bias, *dh0, *dc0;
 };
 

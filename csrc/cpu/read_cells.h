@@ -7,8 +7,8 @@
 namespace pyeff {
 namespace PYEFF_ISA {
 
-// A panel of the packed weights holds kVectors vectors. For GRU and LSTM they are the gates of one vector of units, so that
-// a register tile sees a whole cell; for the RNN, which has one gate, they are kVectors vectors of units.
+// A panel of the packed weights holds kVectors vectors. For GRU and LSTM they are the gates of one vector of units, so
+// that a register tile sees a whole cell; for the RNN, which has one gate, they are kVectors vectors of units.
 struct Rnn {
   static constexpr Cell kCell = Cell::rnn;
   static constexpr int kGates = 1, kVectors = 4, kUnitVectors = 4, kSaved = 0;

@@ -1,5 +1,6 @@
-// READ's forward. Each thread takes a range of tokens and carries a block of them through all layers: both products and the
-// gates of 8 tokens x 16 units (AVX-512) happen in one register tile, and the state never leaves the cache.
+// READ's forward. Each thread takes a range of tokens and carries a block of them through all layers: both products and
+// the gates of some tokens and units (GRU on AVX-512: 8 x 16) happen in one register tile, and the state never leaves
+// the cache.
 #pragma once
 
 #include "read_pack.h"
@@ -7,11 +8,11 @@
 namespace pyeff {
 namespace PYEFF_ISA {
 
-// Tokens of a block: its rows of phi and its states share the second-level cache with a panel of the weights. A multiple of
-// every tile's rows.
+// Tokens of a block: its rows of phi and its states share the second-level cache with a panel of the weights. A
+// multiple of every tile's rows.
 constexpr int64_t kReadBlock = 96;
 
-// Marks what was saved for the backward; a null pointer where nothing is.
+// Row `row` of what is saved for the backward; null where nothing is.
 template <class T>
 PYEFF_INLINE T* row_of(void* base, int64_t row, int64_t stride) {
   return base ? static_cast<T*>(base) + row * stride : nullptr;
@@ -28,13 +29,13 @@ struct ReadBlock {
 
   // Scratch of one thread.
   struct Workspace {
-    Element* packed;           // [kReadBlock][steps_x + pad]
-    const Element** x;         // [kReadBlock]
+    Element* packed;    // [kReadBlock][steps_x + pad]
+    const Element** x;  // [kReadBlock]
     const Element** h_rows[2];
     C *mean, *rstd;
-    C* state[2];               // [kReadBlock][units], the previous step and this one
-    Element* operand[2];       // the same as left operands; alias `state` where the types agree
-    C *cell, *sum;             // [kReadBlock][units]
+    C* state[2];          // [kReadBlock][units], the previous step and this one
+    Element* operand[2];  // the same as left operands; alias `state` where the types agree
+    C *cell, *sum;        // [kReadBlock][units]
 
     int64_t packed_stride, operand_stride;
 
@@ -75,7 +76,7 @@ struct ReadBlock {
     start(first, count);
     for (int64_t layer = 0; layer < s.layers; ++layer) {
       const int now = int(layer & 1) ^ 1, before = now ^ 1;
-      ReadInput<T>::prepare(p, layer, first, count, w.packed_stride, w.packed, w.x, w.mean, w.rstd);
+      ReadInput<T>::prepare(p, layer, first, count, weights.zeros, w.packed_stride, w.packed, w.x, w.mean, w.rstd);
       save_statistics(layer, first, count);
       for (int64_t panel = 0; panel < s.panels; ++panel) {
         constexpr int rows = kTileRows<CellT::kVectors>;
@@ -95,15 +96,13 @@ struct ReadBlock {
       for (int i = 0; i < 2; ++i) w.h_rows[i][n] = w.operand[i] + n * w.operand_stride;
       for (int64_t u = 0; u < s.units; u += kUnits) {
         const int64_t at = (first + n) * s.rank + u;
-        const V h = h0 ? load_units(h0 + at, s.rank - u) : V{};
+        const V h = h0 ? load_first(h0 + at, s.rank - u) : V{};
         set_state(0, n, u, h);
-        if (w.cell) store(w.cell + n * s.units + u, c0 ? load_units(c0 + at, s.rank - u) : V{});
+        if (w.cell) store(w.cell + n * s.units + u, c0 ? load_first(c0 + at, s.rank - u) : V{});
         if (w.sum) store(w.sum + n * s.units + u, V{});
       }
     }
   }
-
-  static PYEFF_INLINE V load_units(const T* at, int64_t left) { return left > 0 ? load_first(at, left) : V{}; }
 
   PYEFF_INLINE void set_state(int which, int64_t n, int64_t u, V h) {
     store(w.state[which] + n * s.units + u, h);
@@ -165,8 +164,7 @@ struct ReadBlock {
       C* sum = w.sum + n * s.units + u;
       store(sum, load(sum) + h);
     }
-    if (T* saved = row_of<T>(out.h, layer * s.tokens + first + n, s.rank); saved && u < s.rank)
-      store_first(saved + u, h, s.rank - u);
+    if (T* saved = row_of<T>(out.h, layer * s.tokens + first + n, s.rank); saved) store_first(saved + u, h, s.rank - u);
   }
 
   PYEFF_INLINE void save_gates(int64_t layer, int64_t token, int64_t u, V a, V b, V c, V d) {
@@ -191,7 +189,7 @@ struct ReadBlock {
   }
 };
 
-// Tokens [begin, end) of thread `i`: contiguous, in whole groups of 8 so that no tile straddles two threads.
+// Tokens [begin, end) of thread `i`: contiguous, and in whole groups of 8, over which the backward sums its biases.
 PYEFF_INLINE void token_range(int64_t tokens, int64_t i, int64_t parts, int64_t& begin, int64_t& end) {
   const int64_t groups = ceil_div(tokens, 8);
   begin = smaller(tokens, groups * i / parts * 8);

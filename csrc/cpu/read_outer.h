@@ -25,7 +25,7 @@ struct ReadOuter {
   using Seg = Segments<CellT>;
   static constexpr int kUnits = Shape::kUnits, kRows = Shape::kRows, kColumns = Shape::kColumns;
   static constexpr int64_t kUnit = kReadUnit<Op>;
-  static constexpr int kGroup = 6;   // column panels that are packed together and stay in the second-level cache
+  static constexpr int kGroup = 6;  // column panels that are packed together and stay in the second-level cache
   static constexpr int kTile = kRows * kColumns;
   static constexpr int64_t kPanel = kColumns * (kUnit / Op::kPack);
 
@@ -33,8 +33,8 @@ struct ReadOuter {
   const ReadBackward& out;
   const Shape& s;
   const D* da;
-  C* sums;         // [width panels + rank panels][row panels][kRows][kColumns]
-  C* bias_total;   // [segments x rank_pad]
+  C* sums;        // [width panels + rank panels][row panels][kRows][kColumns]
+  C* bias_total;  // [segments x rank_pad]
   int64_t row_panels, x_panels, h_panels;
 
   static int64_t count_row_panels(const Shape& s) { return ceil_div(Seg::kEach * s.rank_pad, kRows); }
@@ -43,7 +43,7 @@ struct ReadOuter {
   // Scratch of one thread.
   struct Workspace {
     Element *right, *left;
-    const D** left_rows;    // [kUnit], as are the others: what belongs to each step of K
+    const D** left_rows;      // [kUnit], as are the others: what belongs to each step of K
     const void** right_rows;  // of phi or the states
     C *mean, *rstd;
 
@@ -90,11 +90,12 @@ struct ReadOuter {
               int64_t first, int64_t count) const {
     int64_t k = 0;
     for (int64_t layer = begin; layer < end; ++layer) {
-      const D* left = da + (layer * chunk + first - chunk_first) * s.da_stride + (from_x ? 0 : Seg::kFirstH * s.rank_pad);
+      const D* left =
+          da + (layer * chunk + first - chunk_first) * s.da_stride + (from_x ? 0 : Seg::kFirstH * s.rank_pad);
       const ReadRows& phi = p.phi[layer];
       const int64_t phi_bytes = p.phi_number == p.number ? int64_t(sizeof(T)) : int64_t(sizeof(float));
-      const T* states = layer > 0 ? static_cast<const T*>(out.h) + (layer - 1) * s.tokens * s.rank
-                                  : static_cast<const T*>(p.h0);
+      const T* states =
+          layer > 0 ? static_cast<const T*>(out.h) + (layer - 1) * s.tokens * s.rank : static_cast<const T*>(p.h0);
       const C* stats = static_cast<const C*>(out.stats);
       for (int64_t n = 0; n < count; ++n, ++k) {
         w.left_rows[k] = left + n * s.da_stride;
@@ -110,7 +111,8 @@ struct ReadOuter {
   }
 
   // One run of k steps over the panels [begin, end), at most kGroup.
-  void run(const Workspace& w, bool from_x, int64_t phi_inner, int64_t k, int64_t begin, int64_t end, bool fresh) const {
+  void run(const Workspace& w, bool from_x, int64_t phi_inner, int64_t k, int64_t begin, int64_t end,
+           bool fresh) const {
     for (int64_t panel = begin; panel < end; ++panel) {
       Element* right = w.right + (panel - begin) * kPanel;
       if (from_x)
@@ -123,8 +125,8 @@ struct ReadOuter {
       pack_left_kn<T, kRows>(w.left, [&](int64_t i) { return w.left_rows[i] + row * kRows; }, left_columns, k);
       for (int64_t panel = begin; panel < end; ++panel) {
         C* tile_sums = sums + (panel * row_panels + row) * kTile;
-        // The sums come from the third-level cache while the tile is computed. They are added to at the end: a run of its
-        // own for each unit of K keeps the rounding error at that of pairs of shorter sums.
+        // The sums come from the third-level cache while the tile is computed. They are added to at the end: a run of
+        // its own for each unit of K keeps the rounding error at that of pairs of shorter sums.
         if (!fresh)
           for (int64_t i = 0; i < kTile; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(tile_sums + i);
         Tile<Op, kRows, Shape::kVectors> tile;
@@ -161,7 +163,7 @@ struct ReadOuter {
   void finish(int64_t panel) const {
     if (panel < x_panels)
       finish_x(panel);
-    else if (out.dw_hh)
+    else
       finish_h(panel - x_panels);
   }
 
@@ -216,7 +218,8 @@ struct ReadOuter {
         const C* total = bias_total + segment * s.rank_pad + unit;
         if (out.db_ih) static_cast<T*>(out.db_ih)[Seg::gate_x(segment) * s.rank + unit] = narrow<T>(total[0]);
         if (out.db_hh)
-          static_cast<T*>(out.db_hh)[Seg::gate_h(segment) * s.rank + unit] = narrow<T>(total[Seg::kFirstH * s.rank_pad]);
+          static_cast<T*>(out.db_hh)[Seg::gate_h(segment) * s.rank + unit] =
+              narrow<T>(total[Seg::kFirstH * s.rank_pad]);
       }
   }
 };

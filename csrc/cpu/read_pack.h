@@ -7,7 +7,6 @@
 namespace pyeff {
 namespace PYEFF_ISA {
 
-
 // Calls run(P{}) with the type that phi is stored in.
 template <class T, class Function>
 PYEFF_INLINE void with_phi(const ReadProblem& p, const Function& run) {
@@ -60,18 +59,21 @@ struct ReadWeights {
   using Op = typename Shape::Op;
   using C = typename Shape::C;
   using Element = typename Op::Element;
-  Element *x, *h;   // [panels][steps][kWidth]
+  Element *x, *h;    // [panels][steps][kWidth]
+  Element* zeros;    // [steps_x]
   C *bias, *bias_n;  // [panels][kWidth]; the GRU's b_hn apart, [units]
 
   void place(Arena& arena, const Shape& s) {
     x = arena.take<Element>(s.panels * s.steps_x * Shape::kWidth);
     h = arena.take<Element>(s.panels * s.steps_h * Shape::kWidth);
+    zeros = arena.take<Element>(s.steps_x);
     bias = arena.take<C>(s.panels * Shape::kWidth);
     bias_n = arena.take<C>(s.units);
   }
 
   // Folds the norm into the input weights: W norm(phi) + b = rstd (W gamma)(phi - mean) + (W beta + b).
   void pack(const ReadProblem& p, const Shape& s, int64_t panel) {
+    if (panel == 0) __builtin_memset(zeros, 0, size_t(s.steps_x) * sizeof(Element));
     const T* w_ih = static_cast<const T*>(p.w_ih);
     const T* w_hh = static_cast<const T*>(p.w_hh);
     const T* gamma = static_cast<const T*>(p.norm_weight);
@@ -135,6 +137,15 @@ PYEFF_INLINE void row_statistics(const T* row, int64_t stride, int64_t width, No
   rstd = C(1) / C(__builtin_sqrt(double(sum / C(width)) + eps));
 }
 
+template <class P>
+bool is_finite(const P* row, int64_t stride, int64_t width) {
+  for (int64_t k = 0; k < width; ++k) {
+    const auto x = widen(row[k * stride]);
+    if (x - x != 0) return false;
+  }
+  return true;
+}
+
 // The rows of a block of tokens of one layer as left operands: in place where memory already has the right form, packed
 // (and centred, for the layer norm) otherwise. rstd is left to the caller: it multiplies the finished sums.
 template <class T>
@@ -148,38 +159,32 @@ struct ReadInput {
            p.norm != Norm::layer && p.width % Op::kPack == 0;
   }
 
-  static void prepare(const ReadProblem& p, int64_t layer, int64_t first, int64_t count, int64_t packed_stride,
-                      Element* packed, const Element** pointers, C* mean, C* rstd) {
+  // `zeros` is a row of them: finite numbers whose squares overflow are normalised to nothing, and must not overflow in
+  // the product before rstd = 0 could say so.
+  static void prepare(const ReadProblem& p, int64_t layer, int64_t first, int64_t count, const Element* zeros,
+                      int64_t packed_stride, Element* packed, const Element** pointers, C* mean, C* rstd) {
     with_phi<T>(p, [&](auto type) {
-      prepare_from<decltype(type)>(p, layer, first, count, packed_stride, packed, pointers, mean, rstd);
+      prepare_from<decltype(type)>(p, layer, first, count, zeros, packed_stride, packed, pointers, mean, rstd);
     });
   }
 
   template <class P>
-  static void prepare_from(const ReadProblem& p, int64_t layer, int64_t first, int64_t count, int64_t packed_stride,
-                           Element* packed, const Element** pointers, C* mean, C* rstd) {
+  static void prepare_from(const ReadProblem& p, int64_t layer, int64_t first, int64_t count, const Element* zeros,
+                           int64_t packed_stride, Element* packed, const Element** pointers, C* mean, C* rstd) {
     const ReadRows& rows = p.phi[layer];
     const P* data = static_cast<const P*>(rows.data);
     const bool direct = in_place(p, rows);
     for (int64_t n = 0; n < count; ++n) {
       const P* row = data + row_offset(rows, first + n);
       row_statistics(row, rows.inner, p.width, p.norm, p.eps, mean[n], rstd[n]);
-      if (direct) {
+      if (rstd[n] == C(0) && mean[n] - mean[n] == C(0) && is_finite(row, rows.inner, p.width)) {
+        pointers[n] = zeros;
+      } else if (direct) {
         pointers[n] = reinterpret_cast<const Element*>(row);
-        continue;
+      } else {
+        pack_row<T>(packed + n * packed_stride, row, rows.inner, p.width, mean[n], C(1));
+        pointers[n] = packed + n * packed_stride;
       }
-      Element* out = packed + n * packed_stride;
-      for (int64_t k = 0; k < steps<Op>(p.width); ++k) {
-        if constexpr (Op::kPack == 1) {
-          out[k] = Element(C(widen(row[k * rows.inner])) - mean[n]);
-        } else {
-          const int64_t i = 2 * k;
-          const C low = widen(row[i * rows.inner]) - mean[n];
-          const C high = i + 1 < p.width ? widen(row[(i + 1) * rows.inner]) - mean[n] : C(0);
-          out[k] = pair_bits(narrow<T>(low), narrow<T>(high));
-        }
-      }
-      pointers[n] = out;
     }
   }
 };

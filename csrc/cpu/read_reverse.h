@@ -1,5 +1,5 @@
-// READ's backward, first phase: the recurrence in reverse for a block of tokens. It leaves the gradients of the gates' sums
-// for the weight products (read_outer.h) and, where asked, the gradients of phi, h0 and c0.
+// READ's backward, first phase: the recurrence in reverse for a block of tokens. It leaves the gradients of the gates'
+// sums for the weight products (read_outer.h) and, where asked, the gradients of phi, h0 and c0.
 #pragma once
 
 #include <type_traits>
@@ -9,8 +9,8 @@
 namespace pyeff {
 namespace PYEFF_ISA {
 
-// The gradient of the gates' sums is stored as segments of one rank each. The GRU's candidate has two: what reaches it from
-// x is da_n, what reaches it from h is r da_n. In the order (n, r, z, r n) either set is contiguous.
+// The gradient of the gates' sums is stored as segments of one rank each. The GRU's candidate has two: what reaches it
+// from x is da_n, what reaches it from h is r da_n. In the order (n, r, z, r n) either set is contiguous.
 template <class CellT>
 struct Segments {
   static constexpr bool kGru = CellT::kCell == Cell::gru;
@@ -58,7 +58,8 @@ struct ReverseWeights {
   }
   void pack(const ReadProblem& p, const Shape& s, int64_t panel) {
     if (panel < s.rank_panels)
-      pack_one(h + panel * s.steps_da() * Shape::kColumns, s, static_cast<const T*>(p.w_hh), s.rank, panel, Seg::gate_h);
+      pack_one(h + panel * s.steps_da() * Shape::kColumns, s, static_cast<const T*>(p.w_hh), s.rank, panel,
+               Seg::gate_h);
     else
       pack_one(x + (panel - s.rank_panels) * s.steps_da() * Shape::kColumns, s, static_cast<const T*>(p.w_ih), s.width,
                panel - s.rank_panels, Seg::gate_x);
@@ -90,10 +91,10 @@ struct ReverseBlock {
 
   // Scratch of one thread.
   struct Workspace {
-    C *dh, *dc;           // [kReadBlock][rank_pad]
-    C* dx;                // [kReadBlock][width_panels * kColumns]
-    T* gates;             // [kReadBlock][saved gates * rank], when they are computed again
-    Element* packed;      // [kReadBlock][packed_stride] and the states' rows behind it, likewise
+    C *dh, *dc;       // [kReadBlock][rank_pad]
+    C* dx;            // [kReadBlock][width_panels * kColumns]
+    T* gates;         // [kReadBlock][saved gates * rank], when they are computed again
+    Element* packed;  // [kReadBlock][packed_stride] and the states' rows behind it, likewise
     Element* packed_h;
     const Element **x, **h;
     C *mean, *rstd;
@@ -121,8 +122,8 @@ struct ReverseBlock {
   const ReverseWeights<T, CellT>& weights;
   const ReadWeights<T, CellT>* forward;  // only to compute the gates again
   Workspace& w;
-  D* da;       // [layers][chunk][da_stride], of the tokens from chunk_first on
-  C* bias;     // [chunk / 8][segments x rank_pad], sums over layers and 8 tokens
+  D* da;    // [layers][chunk][da_stride], of the tokens from chunk_first on
+  C* bias;  // [chunk / 8][segments x rank_pad], sums over layers and 8 tokens
   int64_t chunk_first, chunk;
 
   PYEFF_INLINE D* da_row(int64_t layer, int64_t token) const {
@@ -284,18 +285,12 @@ struct ReverseBlock {
   // The gates of one layer from phi and the saved states: the forward's tile without its state.
   void recompute_gates(int64_t layer, int64_t first, int64_t count) {
     if constexpr (CellT::kSaved == 0) return;
-    ReadInput<T>::prepare(p, layer, first, count, w.packed_stride, w.packed, w.x, w.mean, w.rstd);
+    ReadInput<T>::prepare(p, layer, first, count, forward->zeros, w.packed_stride, w.packed, w.x, w.mean, w.rstd);
     const bool has_state = layer > 0 || p.h0;
     for (int64_t n = 0; has_state && n < count; ++n) {
       const T* row = previous_state(out.h, p.h0, layer, first + n);
-      Element* packed = w.packed_h + n * w.packed_h_stride;
-      for (int64_t k = 0; k < s.steps_h; ++k) {
-        if constexpr (Op::kPack == 1)
-          packed[k] = Element(widen(row[k]));
-        else
-          packed[k] = pair_bits(row[2 * k], 2 * k + 1 < s.rank ? row[2 * k + 1] : T{});
-      }
-      w.h[n] = packed;
+      pack_row<T>(w.packed_h + n * w.packed_h_stride, row, 1, s.rank, C(0), C(1));
+      w.h[n] = w.packed_h + n * w.packed_h_stride;
     }
     constexpr int rows = kTileRows<CellT::kVectors>;
     for (int64_t panel = 0; panel < s.panels; ++panel)

@@ -1,5 +1,6 @@
 // READ's forward for few tokens, where packing the weights would cost more than the products. The input products of all
-// layers are one product, so that w_ih is read once; then the recurrence walks through the layers, its units shared out.
+// layers are one product, so that w_ih is read once; then the recurrence walks through the layers, its units shared
+// out.
 #pragma once
 
 #include "dot.h"
@@ -138,7 +139,8 @@ struct ReadSmall {
     for (int64_t n = 0; n < p.tokens; ++n) {
       V x_sum[kGates], h_sum[kGates];
       for (int gate = 0; gate < kGates; ++gate) {
-        x_sum[gate] = load_first(from_x + (layer * p.tokens + n) * gate_row + gate * rank_pad + u, count) + bias_x[gate];
+        x_sum[gate] =
+            load_first(from_x + (layer * p.tokens + n) * gate_row + gate * rank_pad + u, count) + bias_x[gate];
         h_sum[gate] = bias_h[gate];
         if (has_state) h_sum[gate] += load_first(from_h + n * gate_row + gate * rank_pad + u, count);
       }

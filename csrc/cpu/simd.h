@@ -1,7 +1,8 @@
 // Vectors of the instruction set that this translation unit is compiled for.
 //
-// Every kernel source is compiled once for each instruction set, inside the namespace PYEFF_ISA, from the same text: the
-// compiler's generic vectors carry the arithmetic, and only what they cannot say (the bf16 dot product) is an intrinsic.
+// Every kernel source is compiled once for each instruction set, inside the namespace PYEFF_ISA, from the same text:
+// the compiler's generic vectors carry the arithmetic, and only what they cannot say (the bf16 dot product) is an
+// intrinsic.
 #pragma once
 
 #include <cstdint>
@@ -32,11 +33,6 @@ constexpr int kVectorBytes = 32, kVectorRegisters = 16;
 constexpr int kVectorBytes = 16, kVectorRegisters = 32;
 #else
 constexpr int kVectorBytes = 16, kVectorRegisters = 16;
-#endif
-#if defined(__AVX512BF16__)
-constexpr bool kDotBf16 = true;
-#else
-constexpr bool kDotBf16 = false;
 #endif
 
 typedef float FloatV __attribute__((vector_size(kVectorBytes)));
@@ -125,11 +121,14 @@ PYEFF_INLINE FloatV load(const bf16* p) {
 
 PYEFF_INLINE void store(float* p, FloatV v) { __builtin_memcpy(p, &v, sizeof v); }
 PYEFF_INLINE void store(double* p, DoubleV v) { __builtin_memcpy(p, &v, sizeof v); }
-PYEFF_INLINE void store(bf16* p, FloatV v) {
+// bf16 bits of a float vector, one in each 32-bit lane.
+PYEFF_INLINE UInt32V rounded_bits(FloatV v) {
   UInt32V u = bit_cast<UInt32V>(v);
   UInt32V rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  UInt32V quiet = (u >> 16) | 0x40;
-  HalfBitsV h = __builtin_convertvector(v != v ? quiet : rounded, HalfBitsV);
+  return v != v ? (u >> 16) | 0x40 : rounded;
+}
+PYEFF_INLINE void store(bf16* p, FloatV v) {
+  HalfBitsV h = __builtin_convertvector(rounded_bits(v), HalfBitsV);
   __builtin_memcpy(p, &h, sizeof h);
 }
 

@@ -1,8 +1,8 @@
 // The register tile: MR rows by NV vectors of accumulators, the innermost piece of every product on the CPU.
 //
 // The left operand is broadcast, element by element, from MR row pointers or from a packed panel; the right operand is
-// read as whole vectors from a packed panel [K][NV vectors]. An operand type says what one step of K is: one number, or a
-// pair of bf16 numbers where the processor has a bf16 dot product.
+// read as whole vectors from a packed panel [K][NV vectors]. An operand type says what one step of K is: one number, or
+// a pair of bf16 numbers where the processor has a bf16 dot product.
 #pragma once
 
 #include "simd.h"
@@ -54,8 +54,8 @@ using Operand = typename OperandOf<T>::type;
 template <int NV>
 constexpr int kTileRows = kVectorRegisters * 3 / 4 / NV;
 
-// acc += A B over k steps, with A[i][p] = left(i, p) and B[p] = b + p * ldb. A function of its own, never inlined: inside a
-// larger one the compiler would not keep the accumulators in registers.
+// acc += A B over k steps, with A[i][p] = left(i, p) and B[p] = b + p * ldb. A function of its own, never inlined:
+// inside a larger one the compiler would not keep the accumulators in registers.
 template <class Op, int MR, int NV, class Left>
 __attribute__((noinline)) void accumulate_tile(Vec<typename Op::Acc>* sums, Left left, const typename Op::Element* b,
                                                int64_t k, int64_t ldb) {

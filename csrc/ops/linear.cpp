@@ -21,7 +21,8 @@ Tensor pack(Tensor weight) {
                   "linear_pack: weight is not a contiguous, non-empty matrix on the CPU");
   const Number number = number_of(weight, "weight");
   const int64_t out = weight.sizes()[0], in = weight.sizes()[1];
-  Tensor packed = torch::stable::new_empty(weight, {PYEFF_CHOSEN(linear_packed_bytes)(number, out, in)}, ScalarType::Byte);
+  Tensor packed =
+      torch::stable::new_empty(weight, {PYEFF_CHOSEN(linear_packed_bytes)(number, out, in)}, ScalarType::Byte);
   PYEFF_CHOSEN(linear_pack)(number, out, in, weight.const_data_ptr(), packed.mutable_data_ptr(), torch_parallel());
   return packed;
 }
@@ -35,13 +36,13 @@ Tensor linear(Tensor x, Tensor packed, int64_t out_features, std::optional<Tenso
   p.in = x.sizes()[1];
   p.out = out_features;
   const int64_t bytes = out_features > 0 ? PYEFF_CHOSEN(linear_packed_bytes)(p.number, p.out, p.in) : -1;
-  STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte &&
-                      packed.numel() == bytes,
-                  "linear: packed has ", packed.numel(), " bytes, expected ", bytes, " (what linear_pack returned)");
+  STD_TORCH_CHECK(
+      packed.is_cpu() && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte && packed.numel() == bytes,
+      "linear: packed has ", packed.numel(), " bytes, expected ", bytes, " (what linear_pack returned)");
   if (bias) {
-    STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == x.scalar_type() &&
-                        bias->numel() == p.out,
-                    "linear: bias has ", bias->numel(), " elements or another dtype, expected ", p.out, " of x's dtype");
+    STD_TORCH_CHECK(
+        bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == x.scalar_type() && bias->numel() == p.out,
+        "linear: bias has ", bias->numel(), " elements or another dtype, expected ", p.out, " of x's dtype");
     p.bias = bias->const_data_ptr();
   }
   Tensor y = torch::stable::new_empty(x, {p.rows, p.out});

@@ -1,5 +1,5 @@
-// READ's kernels for the dispatcher. The caller, pyeff/ops/read.py, has checked the arguments of its user and allocated the
-// outputs; what is checked here is that no kernel can be led outside of its tensors.
+// READ's kernels for the dispatcher. The caller, pyeff/ops/read.py, has checked the arguments of its user and allocated
+// the outputs; what is checked here is that no kernel can be led outside of its tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -53,7 +53,8 @@ ReadRows rows_of(const Tensor& phi, ScalarType type, int64_t tokens, int64_t wid
   const auto sizes = phi.sizes(), strides = phi.strides();
   const int64_t dims = phi.dim();
   STD_TORCH_CHECK(phi.is_cpu() && phi.scalar_type() == type, "phi is not on the CPU, or its layers differ in dtype");
-  STD_TORCH_CHECK(dims >= 1 && sizes[dims - 1] == width && phi.numel() == tokens * width, "phi has an unexpected shape");
+  STD_TORCH_CHECK(dims >= 1 && sizes[dims - 1] == width && phi.numel() == tokens * width,
+                  "phi has an unexpected shape");
   ReadRows rows{};
   rows.data = phi.const_data_ptr();
   rows.inner = strides[dims - 1];
@@ -103,8 +104,7 @@ struct Arguments {
     checked.type = w_ih.scalar_type();
     wide = checked.type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     phi.reserve(layers.size());
-    for (const Tensor& layer : layers)
-      phi.push_back(rows_of(layer, layers[0].scalar_type(), p.tokens, p.width));
+    for (const Tensor& layer : layers) phi.push_back(rows_of(layer, layers[0].scalar_type(), p.tokens, p.width));
     p.phi = phi.data();
     const int64_t gates = gates_of(p.cell) * p.rank, state = p.tokens * p.rank;
     p.w_ih = checked.read(w_ih, gates * p.width, "w_ih");
@@ -176,7 +176,7 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_c, std::vector<Tensor> phi,
   STD_TORCH_CHECK(PYEFF_CHOSEN(read_backward)(p, r, torch_parallel()), "read_backward: out of memory");
 }
 
-#define PYEFF_READ_PROBLEM                                                                                      \
+#define PYEFF_READ_PROBLEM                                                                                       \
   "Tensor[] phi, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? norm_weight, Tensor? norm_bias, " \
   "Tensor? h0, Tensor? c0"
 
