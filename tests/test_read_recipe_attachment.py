@@ -253,6 +253,27 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
         assert all(torch.equal(before[name], t) for name, t in attachment.state_dict().items())
 
 
+def test_loading_casts_floating_point_and_nothing_else(tmp_path):
+    model, path = make(), tmp_path / "adapter.safetensors"
+    model.head.register_buffer("seen", torch.tensor(3))
+    with read.attach(model, 8, train=("head",)) as attachment:
+        randomise(attachment)
+        attachment.save(path)
+        saved = {name: t.clone() for name, t in attachment.state_dict().items()}
+    for dtype in (torch.float64, torch.bfloat16):
+        with read.attach(model, 8, train=("head",), dtype=dtype) as other:
+            other.load(path)
+            assert other.adapter.weight_ih_l0.dtype == dtype
+            assert all(torch.equal(t, saved[name].to(t.dtype)) for name, t in other.state_dict().items())
+    model.head.seen = torch.tensor(0.0)
+    with read.attach(model, 8, train=("head",)) as other:
+        randomise(other, seed=4)
+        before = {name: t.clone() for name, t in other.state_dict().items()}
+        with pytest.raises(ValueError, match=r"train\.head\.seen has dtype torch\.int64, expected torch\.float32"):
+            other.load(path)
+        assert all(torch.equal(before[name], t) for name, t in other.state_dict().items())
+
+
 def test_enabled_switch_and_modes():
     model = make()
     own = model(X).detach()

@@ -40,7 +40,9 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike, into: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Copies a file's tensors into ``into``, once configuration, names, shapes and dtypes were found to fit.
+    """Copies a file's tensors into ``into``, once configuration, names and shapes were found to fit.
+
+    Floating-point numbers are cast to the dtype that they are loaded into; any other dtype must be the same.
 
     Raises:
         ValueError: they do not fit; the message says where, and nothing was written.
@@ -62,6 +64,13 @@ def load(path: str | os.PathLike, into: Mapping[str, Tensor], config: Mapping[st
         f"{name} has shape {list(tensors[name].shape)}, expected {list(t.shape)}"
         for name, t in sorted(into.items())
         if name in tensors and tensors[name].shape != t.shape
+    ]
+    wrong += [
+        f"{name} has dtype {tensors[name].dtype}, expected {t.dtype}"
+        for name, t in sorted(into.items())
+        if name in tensors
+        and tensors[name].dtype != t.dtype
+        and not (tensors[name].is_floating_point() and t.is_floating_point())
     ]
     if wrong:
         raise ValueError(f"{os.fspath(path)} does not fit: {'; '.join(wrong)}")

@@ -161,7 +161,7 @@ class Attachment:
         _files.save(path, *self._file(task))
 
     def load(self, path: str | os.PathLike, task: str | None = None) -> Attachment:
-        """Reads what :meth:`save` wrote.
+        """Reads what :meth:`save` wrote, cast to the dtypes of the modules here.
 
         Args:
             path (path): the file.
@@ -171,7 +171,7 @@ class Attachment:
             Attachment: self.
 
         Raises:
-            ValueError: configuration, names or shapes differ; the message says which, and nothing was changed.
+            ValueError: configuration, names or shapes differ, or a dtype that is not floating-point; the message says which, and nothing was changed.
         """
         _files.load(path, *self._file(task))
         return self
