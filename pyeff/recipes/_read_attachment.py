@@ -171,7 +171,8 @@ class Attachment:
             Attachment: self.
 
         Raises:
-            ValueError: configuration, names or shapes differ, or a dtype that is not floating-point; the message says which, and nothing was changed.
+            ValueError: configuration, names or shapes differ, or a dtype that is not floating-point; the message says
+                which, and nothing was changed.
         """
         _files.load(path, *self._file(task))
         return self

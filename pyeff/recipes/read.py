@@ -29,6 +29,8 @@ __all__ = ["Attachment", "attach", "from_file"]
 _IN_FILE = (
     "rank", "cell", "norm", "eps", "reduce", "bias", "scale", "embed_state", "joiner", "train", "tasks",
 )  # fmt: skip
+# Of the configuration in a file: another number where what is read here would mean something else.
+_VERSION = 1
 _STORES = {None: None, "bf16": torch.bfloat16}
 
 
@@ -158,7 +160,7 @@ def attach(
         like = _placement(stacks["decoder"], dtype)
         join = CrossJoiner(*sizes, **like) if joiner == "cross" else FFNJoiner(*sizes, rank, **like)
     config = {
-        "recipe": "read", "version": 1, "rank": rank, **options, "embed_state": embed_state,
+        "recipe": "read", "version": _VERSION, "rank": rank, **options, "embed_state": embed_state,
         "joiner": joiner if join else None,
         "stacks": {key: {"width": s.width, "of": len(s.layers), "layers": read[key]} for key, s in stacks.items()},
         "train": sorted(heads), "tasks": None if tasks is None else list(tasks),
@@ -190,7 +192,9 @@ def from_file(model: nn.Module | Sequence[nn.Module], path: str | os.PathLike, *
         Attachment: attached and loaded.
 
     Raises:
-        ValueError: the file is not of this recipe, or does not fit the model, which is then as it was.
+        ValueError: the file is broken, not of this recipe, or does not fit. Whatever is raised, the model is then as it
+            was.
+        OSError: the file cannot be opened.
 
     Example:
         >>> import tempfile, torch
@@ -206,12 +210,22 @@ def from_file(model: nn.Module | Sequence[nn.Module], path: str | os.PathLike, *
     config = _files.read_config(path)
     if config.get("recipe") != "read":
         raise ValueError(f"{os.fspath(path)} is of the recipe {config.get('recipe')!r}, expected 'read'")
+    if config.get("version") != _VERSION:
+        raise ValueError(f"{os.fspath(path)} has version {config.get('version')!r}, expected {_VERSION}")
+    missing = sorted({*_IN_FILE, "stacks"} - config.keys())
+    if missing:
+        raise ValueError(f"{os.fspath(path)} has a configuration without {', '.join(missing)}")
     options = {name: config[name] for name in _IN_FILE}
+    kinds = {"stacks": dict, "train": list, "tasks": (list, type(None))}
+    wrong = [f"{name} {config[name]!r}" for name, kind in kinds.items() if not isinstance(config[name], kind)]
+    wrong = wrong or [f"stack {s!r}" for s in config["stacks"].values() if not isinstance(s, dict) or "layers" not in s]
+    if wrong:
+        raise ValueError(f"{os.fspath(path)} has a configuration with {wrong[0]}, expected what save writes")
     layers = {label: stack["layers"] for label, stack in config["stacks"].items()}
     attachment = attach(model, layers=layers, **options, **where)
     try:
         return attachment.load(path)
-    except ValueError:
+    except BaseException:
         attachment.detach()
         raise
 
