@@ -231,6 +231,17 @@ def test_layers_of_each_half_and_round_trip(tmp_path):
         read.attach(model, 8, layers={"encoder": [1], "decoder": [0, 2]}, joiner="ffn").load(tmp_path / "a.safetensors")
 
 
+def test_layers_of_a_stack_that_is_not_there():
+    model, *_ = build("bart")
+    for layers, joiner, known in [
+        ({"encodr": [0], "decoder": [0]}, "cross", "'encoder' and 'decoder'"),
+        ({"encoder": [0]}, None, "'decoder'"),
+    ]:
+        with pytest.raises(ValueError, match=rf"layers has the keys \[.*\], expected {known} at most"):
+            read.attach(model, 8, layers=layers, joiner=joiner)
+    assert not any(hasattr(m, "read_adapter") for m in model.modules())
+
+
 def test_no_cross_attention_to_be_found():
     model, *_ = build("bart")
     before = [p.requires_grad for p in model.parameters()]

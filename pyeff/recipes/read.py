@@ -80,7 +80,7 @@ def attach(
         recompute (bool), embed_state (bool): as in :class:`pyeff.nn.ReadAdapter`. With ``zero_init`` the first output
             is the backbone's own, exactly. ``embed_state`` projects the first layer's input to the first state.
         layers (sequence of int, or mapping, optional): the layers that are read; a mapping has one for ``"encoder"``
-            and ``"decoder"``. Default: all.
+            and ``"decoder"``, or for one of them. Default: all.
         joiner (str, optional): of an encoder-decoder: ``"cross"`` for ``x_j = phi_j + P e_j``, ``"ffn"`` for
             ``x_j = phi_j + W2 gelu(W1 [phi_j; e_j])``, or None to read the decoder alone.
         train (sequence of str or Module): modules that stay trainable, such as the task's head; a name may be the end
@@ -130,6 +130,8 @@ def attach(
     stacks = find_stacks(model, stack, output)
     if joiner is None:
         stacks.pop("encoder", None)
+    if isinstance(layers, Mapping) and not set(layers) <= set(stacks):
+        raise ValueError(f"layers has the keys {list(layers)}, expected {' and '.join(map(repr, stacks))} at most")
     if isinstance(model, nn.Module):
         root = model
     else:
@@ -222,7 +224,10 @@ def from_file(model: nn.Module | Sequence[nn.Module], path: str | os.PathLike, *
     if wrong:
         raise ValueError(f"{os.fspath(path)} has a configuration with {wrong[0]}, expected what save writes")
     layers = {label: stack["layers"] for label, stack in config["stacks"].items()}
-    attachment = attach(model, layers=layers, **options, **where)
+    try:
+        attachment = attach(model, layers=layers, **options, **where)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} cannot be attached: {error}") from error
     try:
         return attachment.load(path)
     except BaseException:
@@ -251,9 +256,10 @@ def _chosen(layers: Any, label: str, stack: Stack) -> list[int]:
     chosen = layers.get(label) if isinstance(layers, Mapping) else layers
     if chosen is None:
         return list(range(count))
-    chosen = list(chosen)
+    if not isinstance(chosen, Sequence) or isinstance(chosen, str):
+        raise ValueError(f"layers is {chosen!r}, expected a sequence of integers for {stack.name}")
     for i in chosen:
-        if not isinstance(i, int) or not -count <= i < count:
+        if not isinstance(i, int) or isinstance(i, bool) or not -count <= i < count:
             raise ValueError(f"layers has {i!r}, expected integers from {-count} to {count - 1} for {stack.name}")
     chosen = sorted(i % count for i in chosen)
     if not chosen or len(set(chosen)) != len(chosen):
