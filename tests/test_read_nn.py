@@ -148,6 +148,11 @@ def test_embed_state():
     torch.testing.assert_close(stream.correction(), out, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="embedding is None"):
         adapter(phi)
+    torch.testing.assert_close(adapter(phi, h0), out, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="h0 and embedding were both given"):
+        adapter(phi, h0, embedding=embedding)
+    with pytest.raises(ValueError, match="h0 and embedding were both given"):
+        adapter.stream(h0, embedding=embedding).push(phi[0])
     with pytest.raises(ValueError, match="embed_state=False"):
         adapter_for("gru")(phi, embedding=embedding)
 

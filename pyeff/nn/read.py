@@ -148,7 +148,8 @@ class ReadAdapter(nn.Module):
         Args:
             phi (sequence of Tensor): L tensors [*, d], the layer outputs. References, never stacked or copied.
             h0 (Tensor, optional), c0 (Tensor, optional): [*, r], the first state; cast to the dtype of the computation.
-            embedding (Tensor, optional): [*, d], what the first state is projected from, with ``embed_state`` only.
+            embedding (Tensor, optional): [*, d], what the first state is projected from, with ``embed_state`` only, and
+                not beside ``h0``.
 
         Returns:
             Tensor: [*, d]. Half-precision ``phi`` with float32 parameters computes in the dtype of ``phi``.
@@ -275,7 +276,10 @@ class ReadAdapter(nn.Module):
         if self.embed_projection is None:
             if embedding is not None:
                 raise ValueError("ReadAdapter: embedding was given, expected None with embed_state=False")
-        elif h0 is None:
+        elif h0 is not None:
+            if embedding is not None:
+                raise ValueError("ReadAdapter: h0 and embedding were both given, expected one: each is the first state")
+        else:
             if embedding is None:
                 raise ValueError("ReadAdapter: embedding is None, expected [*, width] with embed_state=True")
             h0 = linear_like(self.embed_projection, embedding)
