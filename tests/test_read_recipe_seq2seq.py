@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -202,6 +204,45 @@ def test_encoder_outputs_given():
     with pytest.raises(RuntimeError, match="correction is not known"):
         model(**kwargs, encoder_outputs=(encoded.last_hidden_state + 1,))
     assert model(**kwargs, encoder_outputs=encoded).logits.shape == whole.shape
+
+
+def alive(refs):
+    gc.collect()
+    return [i for i, ref in enumerate(refs) if ref() is not None]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_nothing_of_a_call_is_kept(kind):
+    model, *_ = build(kind)
+    attachment = read.attach(model, 8)
+    randomise(attachment)
+    refs = []
+
+    def watch(module, args, output):
+        refs.append(weakref.ref(first(output)))
+
+    model.get_encoder().register_forward_hook(watch)
+    attachment.adapters["encoder"].register_forward_hook(watch)
+    model(**inputs()).logits.square().mean().backward()
+    assert len(refs) == 2
+    assert not alive(refs)
+    model(**inputs())  # without a backward, which frees what it used
+    with torch.no_grad():
+        model(**inputs())
+    assert not alive(refs)
+    encode = {key: inputs()[key] for key in ("input_ids", "attention_mask")}
+    for beams in (1, 3):
+        model.generate(**encode, max_new_tokens=3, do_sample=False, num_beams=beams)
+    assert not alive(refs)
+    with torch.no_grad():
+        output = model(**inputs())
+        again = inputs()
+        again.pop("input_ids")
+        # What the caller keeps can be decoded again.
+        repeated = model(**again, encoder_outputs=(output.encoder_last_hidden_state,)).logits
+    torch.testing.assert_close(repeated, output.logits)
+    del output, repeated
+    assert not alive(refs)
 
 
 def test_autocast():
