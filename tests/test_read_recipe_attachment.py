@@ -329,6 +329,9 @@ class Twins(nn.Module):
         (make(), {"layers": {"encodr": [0]}}, r"layers has the keys \['encodr'\], expected 'adapter' at most"),
         (make(), {"cell": "elman"}, "cell is 'elman'"),
         (make(), {"joiner": "glue"}, "joiner is 'glue'"),
+        (make(), {"joiner": "ffn"}, "joiner is 'ffn', expected 'auto' or None: the model is no encoder-decoder"),
+        (make(), {"joiner": "cross"}, "joiner is 'cross', expected 'auto' or None"),
+        (make(), {"cross_attention": "x"}, "cross_attention is 'x', expected None without a joiner"),
         (make(), {"store": "fp8"}, "store is 'fp8'"),
     ],
 )

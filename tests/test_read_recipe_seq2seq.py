@@ -285,6 +285,9 @@ def test_layers_of_a_stack_that_is_not_there():
 
 def test_no_cross_attention_to_be_found():
     model, *_ = build("bart")
+    assert read.attach(copy.deepcopy(model), 8).config["joiner"] == "cross"
+    with pytest.raises(ValueError, match="cross_attention is 'x', expected None without a joiner"):
+        read.attach(model, 8, joiner=None, cross_attention="x")
     before = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match="no cross-attention in decoder layer 0"):
         read.attach(model, 8, cross_attention="nothing")

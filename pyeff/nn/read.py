@@ -46,7 +46,8 @@ class ReadAdapter(nn.Module):
         bias (bool): biases in the recurrent cell. The projection always has its own.
         scale (float): constant factor of the correction.
         zero_init (bool): start the projection at zero, so that the first correction is exactly nothing.
-        recompute (bool): compute the gates again in the backward instead of saving them.
+        recompute (bool): compute the gates again in the backward instead of saving them. The ``"rnn"`` cell has none to
+            save: there it changes nothing.
         embed_state (bool): the first state is a trainable projection of the embedding instead of zeros.
         device, dtype: of the parameters.
 

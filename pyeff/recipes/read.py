@@ -46,7 +46,7 @@ def attach(
     bias: bool = True,
     scale: float = 1.0,
     zero_init: bool = True,
-    joiner: str | None = "cross",
+    joiner: str | None = "auto",
     train: Sequence[str | nn.Module] = (),
     recompute: bool = False,
     embed_state: bool = False,
@@ -56,7 +56,7 @@ def attach(
     stack: str | nn.Module | Mapping[str, str | nn.Module] | None = None,
     output: str | nn.Module | None = None,
     width: int | None = None,
-    cross_attention: str = CROSS_ATTENTION,
+    cross_attention: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Attachment:
     """Freezes ``model`` and corrects its output by READ, through hooks; the model's own code stays as it is.
@@ -82,7 +82,8 @@ def attach(
         layers (sequence of int, or mapping, optional): the layers that are read; a mapping has one for ``"encoder"``
             and ``"decoder"``, or for one of them. Default: all.
         joiner (str, optional): of an encoder-decoder: ``"cross"`` for ``x_j = phi_j + P e_j``, ``"ffn"`` for
-            ``x_j = phi_j + W2 gelu(W1 [phi_j; e_j])``, or None to read the decoder alone.
+            ``x_j = phi_j + W2 gelu(W1 [phi_j; e_j])``, or None to read the decoder alone. Default: ``"cross"`` where
+            there are an encoder and a decoder.
         train (sequence of str or Module): modules that stay trainable, such as the task's head; a name may be the end
             of a path, as ``"classifier"``.
         store (str, optional): ``"bf16"`` keeps (and computes on) layer outputs in bfloat16. Default: references.
@@ -98,15 +99,16 @@ def attach(
             final norm if it also has a pooler.
         width (int, optional): of the layer outputs. Default: the configuration's ``hidden_size``, or a guess that the
             first call checks.
-        cross_attention (str): regular expression for the names of the decoder layers' cross-attention modules.
+        cross_attention (str, optional): regular expression for the names of the decoder layers' cross-attention
+            modules. Default: the usual names.
         dtype (torch.dtype, optional): of the adapter. Default: the backbone's, and float32 for one in half precision.
 
     Returns:
         Attachment: parameters, saving and loading, and the way back.
 
     Raises:
-        ValueError: no stack was found or several fit, an unknown name or option, or the model has an attachment
-            already.
+        ValueError: no stack was found or several fit, an unknown name or option, an option that cannot apply, or the
+            model has an attachment already.
 
     Example:
         >>> import torch
@@ -123,13 +125,18 @@ def attach(
     """
     if store not in _STORES:
         raise ValueError(f"store is {store!r}, expected None or 'bf16'")
-    if joiner not in (None, "cross", "ffn"):
-        raise ValueError(f"joiner is {joiner!r}, expected 'cross', 'ffn' or None")
+    if joiner not in (None, "auto", "cross", "ffn"):
+        raise ValueError(f"joiner is {joiner!r}, expected 'auto', 'cross', 'ffn' or None")
     if pack and not isinstance(model, nn.Module):
         raise ValueError("pack is True with a list of modules, expected a model that takes an attention_mask")
     stacks = find_stacks(model, stack, output)
+    if joiner in ("cross", "ffn") and "encoder" not in stacks:
+        raise ValueError(f"joiner is {joiner!r}, expected 'auto' or None: the model is no encoder-decoder")
     if joiner is None:
         stacks.pop("encoder", None)
+    joiner = None if "encoder" not in stacks else "cross" if joiner == "auto" else joiner
+    if cross_attention is not None and joiner is None:
+        raise ValueError(f"cross_attention is {cross_attention!r}, expected None without a joiner")
     if isinstance(layers, Mapping) and not set(layers) <= set(stacks):
         raise ValueError(f"layers has the keys {list(layers)}, expected {' and '.join(map(repr, stacks))} at most")
     if isinstance(model, nn.Module):
@@ -163,7 +170,7 @@ def attach(
         join = CrossJoiner(*sizes, **like) if joiner == "cross" else FFNJoiner(*sizes, rank, **like)
     config = {
         "recipe": "read", "version": _VERSION, "rank": rank, **options, "embed_state": embed_state,
-        "joiner": joiner if join else None,
+        "joiner": joiner,
         "stacks": {key: {"width": s.width, "of": len(s.layers), "layers": read[key]} for key, s in stacks.items()},
         "train": sorted(heads), "tasks": None if tasks is None else list(tasks),
     }  # fmt: skip
@@ -177,7 +184,7 @@ def attach(
         config,
         store=_STORES[store],
         pack=pack,
-        cross_attention=cross_attention,
+        cross_attention=CROSS_ATTENTION if cross_attention is None else cross_attention,
     )
 
 
