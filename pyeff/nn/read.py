@@ -35,7 +35,7 @@ def _expect(name: str, value: object, holds: bool, expected: str) -> None:
         raise ValueError(f"ReadAdapter: {name} is {value!r}, expected {expected}")
 
 
-def _is_number(value: Any, kind: type = numbers.Real) -> bool:
+def _is_number(value: Any, kind: Any = numbers.Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -225,7 +225,7 @@ def from_file(model: nn.Module | Sequence[nn.Module], path: str | os.PathLike, *
     if missing:
         raise ValueError(f"{os.fspath(path)} has a configuration without {', '.join(missing)}")
     options = {name: config[name] for name in _IN_FILE}
-    kinds = {"stacks": dict, "train": list, "tasks": (list, type(None))}
+    kinds: dict[str, Any] = {"stacks": dict, "train": list, "tasks": (list, type(None))}
     wrong = [f"{name} {config[name]!r}" for name, kind in kinds.items() if not isinstance(config[name], kind)]
     wrong = wrong or [f"stack {s!r}" for s in config["stacks"].values() if not isinstance(s, dict) or "layers" not in s]
     if wrong:
