@@ -1,4 +1,4 @@
-# `make demo` and `make test` each do everything, from a fresh clone, with Python (3.10 or later), a C++ compiler and make.
+# `make demo` and `make test` each do everything from a fresh clone, with Python (3.10 or later), a C++ compiler, make.
 # PYTHON names the interpreter, ARGS goes to `pyeff demo` and `pyeff bench`, PYTEST_ARGS to pytest.
 
 PYTHON ?= python3
@@ -14,7 +14,8 @@ CMAKE := $(BIN)/cmake
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 CROSS ?= aarch64-linux-gnu-g++
 
-NATIVE := CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := CMakeLists.txt $(wildcard cmake/*) \
+    $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Some kernels place memory so randomly that ThreadSanitizer cannot map its shadow; without randomness it can.
 FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
@@ -25,7 +26,8 @@ FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 all: install
 
 $(VENV)/.requirements: requirements/dev.txt
-	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('pyeff needs Python 3.10 or later: make PYTHON=...')"
+	@$(PYTHON) -c "import sys; \
+	    sys.version_info >= (3, 10) or sys.exit('pyeff needs Python 3.10 or later: make PYTHON=...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# By itself and first: it is the one package that is to come from the index of CPU builds.
 	$(PIP) install --quiet --retries 1 --timeout 20 --no-deps --extra-index-url "$(TORCH_INDEX)" \
@@ -55,7 +57,8 @@ pytest: install
 	PYEFF_TEST_REQUIRE=cpu,dev $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.requirements
-	$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_SANITIZE=address,undefined >/dev/null
+	$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DPYEFF_SANITIZE=address,undefined >/dev/null
 	$(CMAKE) --build build/asan --target pyeff_native
 	build/asan/pyeff_native
 	$(CMAKE) -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_SANITIZE=thread >/dev/null

@@ -214,6 +214,16 @@ def test_the_budget_cuts_the_steps(loaded, settings):
     assert curves["head"].accuracies[-1][0] == settings.warmup
 
 
+def test_what_rounding_allows_the_losses():
+    needs_model()
+    from pyeff.demo import train
+
+    eps = torch.finfo(torch.float32).eps
+    assert train.loss_allowance([2.0, 1.0, 1.5], 16) == pytest.approx(eps * (2 + 2 * 4) * (2 + 1 + 0.5))
+    curves = {key: train.Curve(losses) for key, losses in (("reference", [2.0, 1.0]), ("fused", [2.0, 1.25]))}
+    assert train.loss_gap(curves) == 0.25 > train.loss_allowance([2.0, 1.0], 12288)
+
+
 def test_smooth_keeps_a_constant():
     from pyeff.demo.report import smooth
 
@@ -223,6 +233,8 @@ def test_smooth_keeps_a_constant():
 def test_the_whole_demo(tmp_path, corpus, settings, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
+    from rich.console import Console
+
     from pyeff.demo import run, variants
 
     out = tmp_path / "new" / "picture.png"
@@ -245,3 +257,7 @@ def test_the_whole_demo(tmp_path, corpus, settings, capsys):
     assert "After 2 steps" in shown
     if "fused" in expected:
         assert "the same losses" in shown
+        assert written["loss_gap"] <= written["loss_allowed"] < 1e-3
+        apart = results | {"loss_gap": 2 * results["loss_allowed"]}
+        run._tell(Console(width=80), apart, out, out.with_suffix(".safetensors"))
+        assert "the losses DIFFER" in capsys.readouterr().out

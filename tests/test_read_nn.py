@@ -148,6 +148,11 @@ def test_embed_state():
     torch.testing.assert_close(stream.correction(), out, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="embedding is None"):
         adapter(phi)
+    torch.testing.assert_close(adapter(phi, h0), out, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="h0 and embedding were both given"):
+        adapter(phi, h0, embedding=embedding)
+    with pytest.raises(ValueError, match="h0 and embedding were both given"):
+        adapter.stream(h0, embedding=embedding).push(phi[0])
     with pytest.raises(ValueError, match="embed_state=False"):
         adapter_for("gru")(phi, embedding=embedding)
 
@@ -191,12 +196,35 @@ def test_autocast():
         ({"cell": "elman"}, "cell is 'elman'"),
         ({"norm": "batch"}, "norm is 'batch'"),
         ({"reduce": "sum"}, "reduce is 'sum'"),
-        ({"rank": 0}, "rank is 0"),
+        ({"cell": ["gru"]}, r"cell is \['gru'\], expected one of 'rnn', 'gru', 'lstm'"),
+        ({"rank": 0}, "rank is 0, expected an integer of at least 1"),
+        ({"rank": 4.0}, "rank is 4.0, expected an integer of at least 1"),
+        ({"rank": True}, "rank is True, expected an integer of at least 1"),
+        ({"width": 12.0}, "width is 12.0, expected an integer of at least 1"),
+        ({"width": None}, "width is None, expected an integer of at least 1"),
+        ({"eps": -1}, "eps is -1, expected a finite number of at least 0"),
+        ({"eps": float("nan")}, "eps is nan, expected a finite number"),
+        ({"eps": "1e-6"}, "eps is '1e-6', expected a finite number"),
+        ({"scale": float("inf")}, "scale is inf, expected a finite number"),
+        ({"scale": None}, "scale is None, expected a finite number"),
+        ({"bias": 1}, "bias is 1, expected True or False"),
+        ({"zero_init": None}, "zero_init is None, expected True or False"),
+        ({"recompute": "no"}, "recompute is 'no', expected True or False"),
+        ({"embed_state": 0}, "embed_state is 0, expected True or False"),
+        ({"dtype": torch.int64}, r"dtype is torch\.int64, expected a floating-point torch\.dtype"),
+        ({"dtype": "float32"}, "dtype is 'float32', expected a floating-point"),
+        ({"device": "abacus"}, "device is 'abacus', expected a device of torch"),
     ],
 )
 def test_bad_options(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        pyeff.nn.ReadAdapter(12, **kwargs)
+        pyeff.nn.ReadAdapter(**{"width": 12} | kwargs)
+
+
+def test_odd_but_good_options():
+    numpy = pytest.importorskip("numpy")
+    adapter = pyeff.nn.ReadAdapter(numpy.int64(12), numpy.int32(4), eps=0, scale=numpy.float32(2), device="cpu")
+    assert adapter(layers(dtype=torch.float32)).shape == (2, 5, 12)
 
 
 def test_bad_calls():

@@ -219,40 +219,6 @@ def test_only_the_adapter_is_saved_and_loads(tmp_path):
     assert torch.equal(model(X), out)
 
 
-def test_files_that_do_not_fit_change_nothing(tmp_path):
-    model, path = make(), tmp_path / "adapter.safetensors"
-    with read.attach(model, 8) as attachment:
-        attachment.save(path)
-    for kwargs, message in [
-        ({"rank": 4}, "rank is 8 in the file, expected 4"),
-        ({"cell": "rnn"}, "cell is 'gru' in the file, expected 'rnn'"),
-        ({"layers": [1]}, "stacks is"),
-        ({"train": ("head",)}, "train is"),
-        ({"scale": 2.0}, "scale is 1.0 in the file, expected 2.0"),
-    ]:
-        with read.attach(model, **{"rank": 8} | kwargs) as other:
-            before = {name: t.clone() for name, t in other.state_dict().items()}
-            with pytest.raises(ValueError, match=message):
-                other.load(path)
-            assert all(torch.equal(before[name], t) for name, t in other.state_dict().items())
-    with read.attach(model, 8) as attachment:
-        before = {name: t.clone() for name, t in attachment.state_dict().items()}
-        tensors = {name: torch.ones_like(t) for name, t in before.items()}
-        metadata = {"pyeff": json.dumps(attachment.config)}
-        tensors["adapter.weight_hh_l0"] = torch.ones(3, 3)
-        safetensors_torch.save_file(tensors, path, metadata)
-        with pytest.raises(ValueError, match=r"adapter.weight_hh_l0 has shape \[3, 3\], expected \[24, 8\]"):
-            attachment.load(path)
-        tensors["other"] = tensors.pop("adapter.weight_hh_l0")
-        safetensors_torch.save_file(tensors, path, metadata)
-        with pytest.raises(ValueError, match=r"adapter\.weight_hh_l0 is missing; other was not expected"):
-            attachment.load(path)
-        safetensors_torch.save_file(tensors, path)
-        with pytest.raises(ValueError, match="no pyeff configuration"):
-            attachment.load(path)
-        assert all(torch.equal(before[name], t) for name, t in attachment.state_dict().items())
-
-
 def test_enabled_switch_and_modes():
     model = make()
     own = model(X).detach()
@@ -358,8 +324,14 @@ class Twins(nn.Module):
         (make(), {"layers": [3]}, "layers has 3, expected integers from -3 to 2"),
         (make(), {"layers": [0, -3]}, "each once"),
         (make(), {"layers": []}, "at least one layer"),
+        (make(), {"layers": [True]}, "layers has True, expected integers from -3 to 2"),
+        (make(), {"layers": 1}, "layers is 1, expected a sequence of integers"),
+        (make(), {"layers": {"encodr": [0]}}, r"layers has the keys \['encodr'\], expected 'adapter' at most"),
         (make(), {"cell": "elman"}, "cell is 'elman'"),
         (make(), {"joiner": "glue"}, "joiner is 'glue'"),
+        (make(), {"joiner": "ffn"}, "joiner is 'ffn', expected 'auto' or None: the model is no encoder-decoder"),
+        (make(), {"joiner": "cross"}, "joiner is 'cross', expected 'auto' or None"),
+        (make(), {"cross_attention": "x"}, "cross_attention is 'x', expected None without a joiner"),
         (make(), {"store": "fp8"}, "store is 'fp8'"),
     ],
 )

@@ -7,6 +7,8 @@ between steps, off the clock.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -153,3 +155,14 @@ def loss_gap(curves: dict[str, Curve]) -> float:
     """The largest difference between the losses of READ's two variants at the same step."""
     pairs = zip(curves["reference"].losses, curves["fused"].losses, strict=True)
     return max(abs(a - b) for a, b in pairs)
+
+
+def loss_allowance(losses: list[float], terms: int) -> float:
+    """How far rounding alone takes the losses of two float32 runs apart that add in another order.
+
+    A gradient of ``terms`` summands is wrong by ``eps (2 + 2 sqrt(terms))`` of itself, as in the tests' tolerance. So
+    is each update, as AdamW does not depend on the gradient's scale, and with it how far the update moves the loss: in
+    sum, that share of the first loss and of all its moves.
+    """
+    share = torch.finfo(torch.float32).eps * (2 + 2 * math.sqrt(terms))
+    return share * (abs(losses[0]) + sum(abs(b - a) for a, b in itertools.pairwise(losses)))

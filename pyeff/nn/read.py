@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,22 @@ def linear_like(linear: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, like_backbone(linear.weight, x), like_backbone(linear.bias, x))
 
 
+def _expect(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"ReadAdapter: {name} is {value!r}, expected {expected}")
+
+
+def _is_number(value: Any, kind: Any = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_device(value: Any) -> bool:
+    try:
+        return value is None or isinstance(torch.device(value), torch.device)
+    except (RuntimeError, TypeError):
+        return False
+
+
 class ReadAdapter(nn.Module):
     """The correction ``scale * (U hbar + c)`` of a frozen network's output, from the outputs of its layers.
 
@@ -46,7 +63,8 @@ class ReadAdapter(nn.Module):
         bias (bool): biases in the recurrent cell. The projection always has its own.
         scale (float): constant factor of the correction.
         zero_init (bool): start the projection at zero, so that the first correction is exactly nothing.
-        recompute (bool): compute the gates again in the backward instead of saving them.
+        recompute (bool): compute the gates again in the backward instead of saving them. The ``"rnn"`` cell has none to
+            save: there it changes nothing.
         embed_state (bool): the first state is a trainable projection of the embedding instead of zeros.
         device, dtype: of the parameters.
 
@@ -57,7 +75,8 @@ class ReadAdapter(nn.Module):
         embed_projection (torch.nn.Linear): [r, d], with ``embed_state`` only.
 
     Raises:
-        ValueError: an unknown option, or a size below one.
+        ValueError: an unknown option, a size that is no integer above zero, or another argument out of its range; the
+            message names the argument, what came and what was expected.
 
     Source: Nguyen et al., 2023, arXiv 2305.15348, section 3.
 
@@ -99,11 +118,17 @@ class ReadAdapter(nn.Module):
     ) -> None:
         super().__init__()
         for name, option, known in (("cell", cell, GATES), ("norm", norm, NORMS), ("reduce", reduce, REDUCTIONS)):
-            if option not in known:
-                raise ValueError(f"ReadAdapter: {name} is {option!r}, expected one of {', '.join(map(repr, known))}")
-        for name, value in (("width", width), ("rank", rank)):
-            if value < 1:
-                raise ValueError(f"ReadAdapter: {name} is {value}, expected at least 1")
+            _expect(name, option, isinstance(option, str) and option in known, f"one of {', '.join(map(repr, known))}")
+        for name, size in (("width", width), ("rank", rank)):
+            _expect(name, size, _is_number(size, numbers.Integral) and size >= 1, "an integer of at least 1")
+        _expect("eps", eps, _is_number(eps) and eps >= 0, "a finite number of at least 0")
+        _expect("scale", scale, _is_number(scale), "a finite number")
+        switches = {"bias": bias, "zero_init": zero_init, "recompute": recompute, "embed_state": embed_state}
+        for name, value in switches.items():
+            _expect(name, value, isinstance(value, bool), "True or False")
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        _expect("dtype", dtype, dtype is None or floating, "a floating-point torch.dtype or None")
+        _expect("device", device, _is_device(device), "a device of torch or None")
         self.width, self.rank, self.cell, self.norm, self.eps, self.reduce = width, rank, cell, norm, eps, reduce
         self.scale, self.zero_init, self.recompute = scale, zero_init, recompute
         like: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -148,7 +173,8 @@ class ReadAdapter(nn.Module):
         Args:
             phi (sequence of Tensor): L tensors [*, d], the layer outputs. References, never stacked or copied.
             h0 (Tensor, optional), c0 (Tensor, optional): [*, r], the first state; cast to the dtype of the computation.
-            embedding (Tensor, optional): [*, d], what the first state is projected from, with ``embed_state`` only.
+            embedding (Tensor, optional): [*, d], what the first state is projected from, with ``embed_state`` only, and
+                not beside ``h0``.
 
         Returns:
             Tensor: [*, d]. Half-precision ``phi`` with float32 parameters computes in the dtype of ``phi``.
@@ -275,7 +301,10 @@ class ReadAdapter(nn.Module):
         if self.embed_projection is None:
             if embedding is not None:
                 raise ValueError("ReadAdapter: embedding was given, expected None with embed_state=False")
-        elif h0 is None:
+        elif h0 is not None:
+            if embedding is not None:
+                raise ValueError("ReadAdapter: h0 and embedding were both given, expected one: each is the first state")
+        else:
             if embedding is None:
                 raise ValueError("ReadAdapter: embedding is None, expected [*, width] with embed_state=True")
             h0 = linear_like(self.embed_projection, embedding)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyeff.nn import ReadAdapter
 from pyeff.recipes import _files
@@ -25,6 +26,13 @@ _MASKS = {"adapter": "attention_mask", "encoder": "attention_mask", "decoder": "
 
 def _is_mask(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2
+
+
+def _repeats(states: Tensor, own: Tensor) -> bool:
+    """Whether ``states`` are ``own``, each row as often as there are beams."""
+    beams = states.shape[0] // max(own.shape[0], 1)
+    same = states.shape == (beams * own.shape[0], *own.shape[1:])
+    return same and torch.equal(states, own.repeat_interleave(beams, 0))
 
 
 class Attachment:
@@ -89,7 +97,7 @@ class Attachment:
         if joiner is not None:
             stacks["decoder"].home.add_module(JOINER, joiner)
         self._handles = []
-        if pack:
+        if pack or joiner is not None:
             self._handles.append(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
             self._handles.append(model.register_forward_hook(self._leave_model, always_call=True))
             self._model_signature = inspect.signature(model.forward)
@@ -161,7 +169,7 @@ class Attachment:
         _files.save(path, *self._file(task))
 
     def load(self, path: str | os.PathLike, task: str | None = None) -> Attachment:
-        """Reads what :meth:`save` wrote.
+        """Reads what :meth:`save` wrote, cast to the dtypes of the modules here.
 
         Args:
             path (path): the file.
@@ -171,7 +179,8 @@ class Attachment:
             Attachment: self.
 
         Raises:
-            ValueError: configuration, names or shapes differ; the message says which, and nothing was changed.
+            ValueError: configuration, names or shapes differ, or a dtype that is not floating-point; the message says
+                which, and nothing was changed.
         """
         _files.load(path, *self._file(task))
         return self
@@ -246,36 +255,44 @@ class Attachment:
         return session(joiner=self.joiner, encoded=None if states is None else self._encoded(states))
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        arguments = self._model_signature.bind_partial(*args, **kwargs).arguments
-        named = {**arguments.get("kwargs", {}), **arguments}
-        self._local.masks = {name: named.get(name) for name in _MASKS.values() if _is_mask(named.get(name))}
+        self._local.before = getattr(self._local, "known", None)
+        if self._pack:
+            arguments = self._model_signature.bind_partial(*args, **kwargs).arguments
+            named = {**arguments.get("kwargs", {}), **arguments}
+            self._local.masks = {name: named.get(name) for name in _MASKS.values() if _is_mask(named.get(name))}
 
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._local.masks = {}
+        local = self._local
+        local.masks = {}
+        known, before, local.before = getattr(local, "known", None), getattr(local, "before", None), None
+        # The encoder ran within this call. A graph may hold the states too, so that they would not die by themselves.
+        if known is not before and known is not None and any(t.requires_grad for t in known.values()):
+            local.known, local.fresh = None, None
 
     def _deliver(self, states: Tensor, correction: Tensor) -> None:
-        self._local.encoded = (states, correction)
+        self._local.known = WeakTensorKeyDictionary({states: correction})
+        # Generation repeats the states for its beams and drops these before a decoder has seen any.
+        self._local.fresh = None if correction.requires_grad else states
 
     def _encoded(self, states: Tensor) -> Tensor:
         """The correction of the encoder states that a decoder was given; those of the last encoder call in this thread.
 
-        Generation calls the encoder once and the decoder for every token, with the states repeated for each beam.
+        Generation calls the encoder once and the decoder for every token, with the states repeated for each beam. A
+        correction is kept as long as somebody else keeps the states that it belongs to.
         """
-        known: tuple[Tensor, Tensor] | None = getattr(self._local, "encoded", None)
-        if known is not None:
-            own, correction = known
-            if states is own:
-                return correction
-            beams = states.shape[0] // max(own.shape[0], 1)
-            same = states.shape == (beams * own.shape[0], *own.shape[1:])
-            if same and torch.equal(states, own.repeat_interleave(beams, 0)):
-                correction = correction.repeat_interleave(beams, 0)
-                self._local.encoded = (states, correction)
-                return correction
-        raise RuntimeError(
-            "the decoder was given encoder states whose correction is not known; run the attached model's encoder in "
-            "this thread right before, or attach with joiner=None"
-        )
+        known = getattr(self._local, "known", None) or {}
+        correction = known.get(states)
+        if correction is None:
+            correction = next((c for own, c in known.items() if _repeats(states, own)), None)
+            if correction is None:
+                raise RuntimeError(
+                    "the decoder was given encoder states whose correction is not known; run the attached model's "
+                    "encoder in this thread right before, or attach with joiner=None"
+                )
+            correction = correction.repeat_interleave(states.shape[0] // max(correction.shape[0], 1), 0)
+            known[states] = correction
+        self._local.fresh = None
+        return correction
 
     def _sink(self, *probabilities: Probabilities) -> bool:
         """Whether probabilities are wanted now; takes them if they are given."""

@@ -29,6 +29,8 @@ __all__ = ["Attachment", "attach", "from_file"]
 _IN_FILE = (
     "rank", "cell", "norm", "eps", "reduce", "bias", "scale", "embed_state", "joiner", "train", "tasks",
 )  # fmt: skip
+# Of the configuration in a file: another number where what is read here would mean something else.
+_VERSION = 1
 _STORES = {None: None, "bf16": torch.bfloat16}
 
 
@@ -44,7 +46,7 @@ def attach(
     bias: bool = True,
     scale: float = 1.0,
     zero_init: bool = True,
-    joiner: str | None = "cross",
+    joiner: str | None = "auto",
     train: Sequence[str | nn.Module] = (),
     recompute: bool = False,
     embed_state: bool = False,
@@ -54,7 +56,7 @@ def attach(
     stack: str | nn.Module | Mapping[str, str | nn.Module] | None = None,
     output: str | nn.Module | None = None,
     width: int | None = None,
-    cross_attention: str = CROSS_ATTENTION,
+    cross_attention: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Attachment:
     """Freezes ``model`` and corrects its output by READ, through hooks; the model's own code stays as it is.
@@ -78,9 +80,10 @@ def attach(
         recompute (bool), embed_state (bool): as in :class:`pyeff.nn.ReadAdapter`. With ``zero_init`` the first output
             is the backbone's own, exactly. ``embed_state`` projects the first layer's input to the first state.
         layers (sequence of int, or mapping, optional): the layers that are read; a mapping has one for ``"encoder"``
-            and ``"decoder"``. Default: all.
+            and ``"decoder"``, or for one of them. Default: all.
         joiner (str, optional): of an encoder-decoder: ``"cross"`` for ``x_j = phi_j + P e_j``, ``"ffn"`` for
-            ``x_j = phi_j + W2 gelu(W1 [phi_j; e_j])``, or None to read the decoder alone.
+            ``x_j = phi_j + W2 gelu(W1 [phi_j; e_j])``, or None to read the decoder alone. Default: ``"cross"`` where
+            there are an encoder and a decoder.
         train (sequence of str or Module): modules that stay trainable, such as the task's head; a name may be the end
             of a path, as ``"classifier"``.
         store (str, optional): ``"bf16"`` keeps (and computes on) layer outputs in bfloat16. Default: references.
@@ -96,15 +99,16 @@ def attach(
             final norm if it also has a pooler.
         width (int, optional): of the layer outputs. Default: the configuration's ``hidden_size``, or a guess that the
             first call checks.
-        cross_attention (str): regular expression for the names of the decoder layers' cross-attention modules.
+        cross_attention (str, optional): regular expression for the names of the decoder layers' cross-attention
+            modules. Default: the usual names.
         dtype (torch.dtype, optional): of the adapter. Default: the backbone's, and float32 for one in half precision.
 
     Returns:
         Attachment: parameters, saving and loading, and the way back.
 
     Raises:
-        ValueError: no stack was found or several fit, an unknown name or option, or the model has an attachment
-            already.
+        ValueError: no stack was found or several fit, an unknown name or option, an option that cannot apply, or the
+            model has an attachment already.
 
     Example:
         >>> import torch
@@ -121,13 +125,20 @@ def attach(
     """
     if store not in _STORES:
         raise ValueError(f"store is {store!r}, expected None or 'bf16'")
-    if joiner not in (None, "cross", "ffn"):
-        raise ValueError(f"joiner is {joiner!r}, expected 'cross', 'ffn' or None")
+    if joiner not in (None, "auto", "cross", "ffn"):
+        raise ValueError(f"joiner is {joiner!r}, expected 'auto', 'cross', 'ffn' or None")
     if pack and not isinstance(model, nn.Module):
         raise ValueError("pack is True with a list of modules, expected a model that takes an attention_mask")
     stacks = find_stacks(model, stack, output)
+    if joiner in ("cross", "ffn") and "encoder" not in stacks:
+        raise ValueError(f"joiner is {joiner!r}, expected 'auto' or None: the model is no encoder-decoder")
     if joiner is None:
         stacks.pop("encoder", None)
+    joiner = None if "encoder" not in stacks else "cross" if joiner == "auto" else joiner
+    if cross_attention is not None and joiner is None:
+        raise ValueError(f"cross_attention is {cross_attention!r}, expected None without a joiner")
+    if isinstance(layers, Mapping) and not set(layers) <= set(stacks):
+        raise ValueError(f"layers has the keys {list(layers)}, expected {' and '.join(map(repr, stacks))} at most")
     if isinstance(model, nn.Module):
         root = model
     else:
@@ -158,8 +169,8 @@ def attach(
         like = _placement(stacks["decoder"], dtype)
         join = CrossJoiner(*sizes, **like) if joiner == "cross" else FFNJoiner(*sizes, rank, **like)
     config = {
-        "recipe": "read", "version": 1, "rank": rank, **options, "embed_state": embed_state,
-        "joiner": joiner if join else None,
+        "recipe": "read", "version": _VERSION, "rank": rank, **options, "embed_state": embed_state,
+        "joiner": joiner,
         "stacks": {key: {"width": s.width, "of": len(s.layers), "layers": read[key]} for key, s in stacks.items()},
         "train": sorted(heads), "tasks": None if tasks is None else list(tasks),
     }  # fmt: skip
@@ -173,7 +184,7 @@ def attach(
         config,
         store=_STORES[store],
         pack=pack,
-        cross_attention=cross_attention,
+        cross_attention=CROSS_ATTENTION if cross_attention is None else cross_attention,
     )
 
 
@@ -190,7 +201,9 @@ def from_file(model: nn.Module | Sequence[nn.Module], path: str | os.PathLike, *
         Attachment: attached and loaded.
 
     Raises:
-        ValueError: the file is not of this recipe, or does not fit the model, which is then as it was.
+        ValueError: the file is broken, not of this recipe, or does not fit. Whatever is raised, the model is then as it
+            was.
+        OSError: the file cannot be opened.
 
     Example:
         >>> import tempfile, torch
@@ -206,12 +219,25 @@ def from_file(model: nn.Module | Sequence[nn.Module], path: str | os.PathLike, *
     config = _files.read_config(path)
     if config.get("recipe") != "read":
         raise ValueError(f"{os.fspath(path)} is of the recipe {config.get('recipe')!r}, expected 'read'")
+    if config.get("version") != _VERSION:
+        raise ValueError(f"{os.fspath(path)} has version {config.get('version')!r}, expected {_VERSION}")
+    missing = sorted({*_IN_FILE, "stacks"} - config.keys())
+    if missing:
+        raise ValueError(f"{os.fspath(path)} has a configuration without {', '.join(missing)}")
     options = {name: config[name] for name in _IN_FILE}
+    kinds: dict[str, Any] = {"stacks": dict, "train": list, "tasks": (list, type(None))}
+    wrong = [f"{name} {config[name]!r}" for name, kind in kinds.items() if not isinstance(config[name], kind)]
+    wrong = wrong or [f"stack {s!r}" for s in config["stacks"].values() if not isinstance(s, dict) or "layers" not in s]
+    if wrong:
+        raise ValueError(f"{os.fspath(path)} has a configuration with {wrong[0]}, expected what save writes")
     layers = {label: stack["layers"] for label, stack in config["stacks"].items()}
-    attachment = attach(model, layers=layers, **options, **where)
+    try:
+        attachment = attach(model, layers=layers, **options, **where)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} cannot be attached: {error}") from error
     try:
         return attachment.load(path)
-    except ValueError:
+    except BaseException:
         attachment.detach()
         raise
 
@@ -237,9 +263,10 @@ def _chosen(layers: Any, label: str, stack: Stack) -> list[int]:
     chosen = layers.get(label) if isinstance(layers, Mapping) else layers
     if chosen is None:
         return list(range(count))
-    chosen = list(chosen)
+    if not isinstance(chosen, Sequence) or isinstance(chosen, str):
+        raise ValueError(f"layers is {chosen!r}, expected a sequence of integers for {stack.name}")
     for i in chosen:
-        if not isinstance(i, int) or not -count <= i < count:
+        if not isinstance(i, int) or isinstance(i, bool) or not -count <= i < count:
             raise ValueError(f"layers has {i!r}, expected integers from {-count} to {count - 1} for {stack.name}")
     chosen = sorted(i % count for i in chosen)
     if not chosen or len(set(chosen)) != len(chosen):
