@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pyeff
 from tests import helpers
-from tests.helpers import CELLS, check_read, make_read
+from tests.helpers import CELLS, make_read
 
 
 @pytest.fixture(autouse=True)
@@ -150,35 +150,62 @@ def test_choice_that_cannot_serve_raises_under_compile(backend):
         call(function)
 
 
-def autocast_oracle(call: helpers.Read) -> tuple[helpers.Read, helpers.Read]:
-    """What autocast computes: the call in bfloat16, and the oracle on the same rounded numbers."""
-    rounded = call.to(torch.bfloat16)
-    return rounded, rounded.to(torch.float64)
-
-
-@pytest.mark.parametrize("phi_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("how", ["eager", "compiled"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_autocast(backend, cell, how, phi_dtype):
-    """Under autocast a call in float32 is the call in bfloat16, and the gradients come back in float32."""
-    call = make_read(cell, "rms", dtype=torch.float32)
-    mixed = helpers.Read(
-        {n: t.to(phi_dtype) if n.startswith("phi") else t for n, t in call.tensors.items()}, call.options
-    )
-    function = compiled(pyeff.ops.read_recurrence) if how == "compiled" else pyeff.ops.read_recurrence
-    grad_out = torch.randn(5, call.rank).to(torch.bfloat16)
+def check_autocast(call: helpers.Read, phi_dtype: torch.dtype, function=None) -> None:
+    """A float32 call under autocast is as good as the call in bfloat16; gradients come back in their inputs' dtypes."""
+    mixed = call.map(lambda t: t)
+    for i, phi_i in enumerate(call.phi):
+        mixed.tensors[f"phi{i}"] = phi_i.to(phi_dtype)
     leaves = mixed.require_grad(mixed.tensors)
     with torch.autocast("cpu", torch.bfloat16):
         out = leaves(function)
     assert out.dtype == torch.bfloat16
+    grad_out = torch.randn(out.shape).to(torch.bfloat16)
     found = torch.autograd.grad(out, list(leaves.tensors.values()), grad_out)
-    rounded, exact = autocast_oracle(call)
+    rounded = call.to(torch.bfloat16)
     same = helpers.gradients(rounded, call.tensors, grad_out, pyeff.reference.read_recurrence)
-    truth = helpers.gradients(exact, call.tensors, grad_out, pyeff.reference.read_recurrence)
+    truth = helpers.gradients(rounded.to(torch.float64), call.tensors, grad_out, pyeff.reference.read_recurrence)
     helpers.assert_three_way("out", out, same["out"], truth["out"], call.terms("out"))
     for name, grad in zip(call.tensors, found, strict=True):
         assert grad.dtype == mixed.tensors[name].dtype
         helpers.assert_three_way(name, grad.to(torch.bfloat16), same[name], truth[name], call.terms(name))
+
+
+phi_dtypes = pytest.mark.parametrize("phi_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@phi_dtypes
+@pytest.mark.parametrize("norm", helpers.NORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast(backend, cell, norm, phi_dtype):
+    check_autocast(make_read(cell, norm, dtype=torch.float32), phi_dtype)
+
+
+@phi_dtypes
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_under_compile(backend, cell, phi_dtype):
+    check_autocast(make_read(cell, dtype=torch.float32), phi_dtype, compiled(pyeff.ops.read_recurrence))
+
+
+@phi_dtypes
+@pytest.mark.parametrize("kind", helpers.STRIDES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_of_strided_phi(kernels, cell, kind, phi_dtype):
+    call = make_read(cell, "layer", lead=(23, 4), d=37, r=19, dtype=torch.float32, strides=(kind,))
+    check_autocast(call, phi_dtype)
+
+
+@phi_dtypes
+def test_autocast_keeps_no_copy_of_phi(kernels, phi_dtype):
+    """The frozen network's outputs are kept by reference, also where the kernels read them in another dtype."""
+    call = make_read("gru", lead=(512,), d=208, r=16, dtype=torch.float32)
+    for i, phi_i in enumerate(call.phi):
+        call.tensors[f"phi{i}"] = phi_i.to(phi_dtype)
+    leaves = call.require_grad(["w_ih", "w_hh"])
+    inputs, kept = {t.untyped_storage().data_ptr() for t in leaves.tensors.values()}, []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        assert leaves().requires_grad
+    assert not [t.shape for t in kept if t.shape == (512, 208) and t.untyped_storage().data_ptr() not in inputs]
 
 
 def test_autocast_leaves_float64_alone(backend):
@@ -201,13 +228,20 @@ def test_autocast_does_not_mix_float64_with_less(backend, how, tokens):
         mixed(function)
 
 
-def test_autocast_step(backend):
-    call = make_read("lstm", layers=1, dtype=torch.float32)
+@phi_dtypes
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_step(backend, cell, phi_dtype):
+    """One step under autocast is the recurrence over one layer under autocast."""
+    call = make_read(cell, reduce="last", layers=1, dtype=torch.float32)
+    call.tensors["phi0"] = call.tensors["phi0"].to(phi_dtype)
     weights = {n: t for n, t in call.tensors.items() if n not in ("phi0", "h0", "c0")}
+    state = (call.tensors["h0"], call.tensors["c0"]) if cell == "lstm" else call.tensors["h0"]
     with torch.autocast("cpu", torch.bfloat16):
-        h, c = pyeff.ops.read_step(call.phi[0], (call.tensors["h0"], call.tensors["c0"]), **weights, cell="lstm")
-    assert h.dtype == c.dtype == torch.bfloat16
-    check_read(call.to(torch.bfloat16))
+        found = pyeff.ops.read_step(call.phi[0], state, **weights, cell=cell)
+        expected = call()
+    found = found if cell == "lstm" else (found,)
+    assert all(t.dtype == torch.bfloat16 for t in found)
+    assert torch.equal(found[0], expected)
 
 
 def test_autocast_disabled_inside(backend):
