@@ -137,3 +137,22 @@ def test_the_demo_says_which_packages_it_lacks():
     done = python(code)
     assert done.returncode == 1
     assert done.stderr.strip() == "pyeff demo needs matplotlib: pip install 'pyeff[demo]'"
+
+
+def test_the_demo_takes_rates_and_the_validation_set(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    from pyeff.demo import run
+
+    calls = []
+    monkeypatch.setattr(run, "demo", lambda settings, out, **options: calls.append((settings, options["validate"])))
+    default, chosen = ([], ["--lr-read", "0.5", "--lr-full", "0.25", "--lr-head", "0", "--validate"])
+    for arguments in (default, chosen):
+        result = invoke("demo", "--out", str(tmp_path / "x.png"), *arguments)
+        assert result.exit_code == 0, result.output
+    (plain, off), (given, on) = calls
+    assert (off, on) == (False, True)
+    assert (plain.lr_read, plain.lr_full, plain.lr_head) == tuple(
+        type(plain).__dataclass_fields__[name].default for name in ("lr_read", "lr_full", "lr_head")
+    )
+    assert (given.lr_read, given.lr_full, given.lr_head) == (0.5, 0.25, 0.0)

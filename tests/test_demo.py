@@ -76,6 +76,20 @@ def test_a_file_of_a_package_is_on_one_side(stdlib):
     assert not files(stdlib.train) & files(stdlib.test)
 
 
+def test_validation_is_cut_from_the_training_texts_as_the_test_set_is(stdlib):
+    chosen = data.validation(stdlib)
+    assert chosen == data.validation(stdlib)
+    assert chosen.labels == stdlib.labels
+    assert {*chosen.train, *chosen.test} <= set(stdlib.train)
+    assert not {data.group(e.source) for e in chosen.train} & {data.group(e.source) for e in chosen.test}
+    assert not any(data.near([e.text for e in chosen.train], [e.text for e in chosen.test]))
+    assert len(chosen.train) + len(chosen.test) > 0.8 * len(stdlib.train)
+    assert len(chosen.test) > 200
+    few = data.Corpus("few", ("a", "b"), stdlib.train[:1], [])
+    with pytest.raises(ValueError, match="few has 1 texts to learn from, which cannot be split"):
+        data.validation(few)
+
+
 def test_a_definition_of_a_one_file_package_is_on_one_side(stdlib):
     def definitions(side):
         return {e.source for e in side if "/" not in e.source}

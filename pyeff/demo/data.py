@@ -94,6 +94,23 @@ def split(group_sizes: dict[str, int]) -> set[str]:
     return taken
 
 
+def group(source: str) -> str:
+    """What is wholly on one side of a split: a file; of a package of one file, a top-level definition."""
+    return source.partition(":")[0] if "/" in source else source
+
+
+def divide(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """What to learn from, and what is held out of each label; what is near to the latter is in neither."""
+    sizes: dict[int, Counter] = defaultdict(Counter)
+    for example in examples:
+        sizes[example.label][group(example.source)] += 1
+    out = {label: split(counts) for label, counts in sizes.items()}
+    held_out = [e for e in examples if group(e.source) in out[e.label]]
+    rest = [e for e in examples if group(e.source) not in out[e.label]]
+    leaks = near([e.text for e in rest], [e.text for e in held_out])
+    return [example for example, leak in zip(rest, leaks, strict=True) if not leak], held_out
+
+
 def near(texts: list[str], others: list[str], share: float = NEAR) -> list[bool]:
     """For each text, whether some other text has nearly the same set of words."""
     sets = [set(words(t)) for t in (*texts, *others)]
@@ -118,24 +135,28 @@ def standard_library(classes: int = 16, root: Path | None = None) -> Corpus:
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     found = deduplicated(docstrings(root))
-    # A one-file package is split by top-level definition, a larger one by file.
-    groups = [source if "/" not in source else source.partition(":")[0] for _, source, _ in found]
     sizes: dict[str, Counter] = defaultdict(Counter)
-    for (package, _, _), group in zip(found, groups, strict=True):
-        sizes[package][group] += 1
+    for package, source, _ in found:
+        sizes[package][group(source)] += 1
     tests = {package: split(counts) for package, counts in sizes.items()}
     usable = [p for p in sizes if 0 < sum(sizes[p][g] for g in tests[p]) < sum(sizes[p].values())]
     labels = sorted(sorted(usable, key=lambda p: (-sum(sizes[p].values()), p))[:classes])
     if len(labels) < 2:
         raise ValueError(f"{root} has {len(labels)} packages with docstrings to split, expected at least 2")
-    sides: tuple[list[Example], list[Example]] = ([], [])
-    for (package, source, text), group in zip(found, groups, strict=True):
-        if package in labels:
-            sides[group in tests[package]].append(Example(text, labels.index(package), source))
-    train, test = sides
-    leaks = near([e.text for e in train], [e.text for e in test])
-    train = [example for example, leak in zip(train, leaks, strict=True) if not leak]
-    return Corpus("standard-library docstrings", tuple(labels), train, test)
+    examples = [Example(text, labels.index(package), source) for package, source, text in found if package in labels]
+    return Corpus("standard-library docstrings", tuple(labels), *divide(examples))
+
+
+def validation(corpus: Corpus) -> Corpus:
+    """What to choose settings on: the training texts alone, split as the whole corpus is. Its test set is not in it.
+
+    Raises:
+        ValueError: the training texts cannot be split.
+    """
+    train, held_out = divide(corpus.train)
+    if not train or not held_out:
+        raise ValueError(f"{corpus.name} has {len(corpus.train)} texts to learn from, which cannot be split")
+    return Corpus(f"{corpus.name}, validation", corpus.labels, train, held_out)
 
 
 def hugging_face(

@@ -25,6 +25,7 @@ def demo(
     classes: int = 16,
     dataset: tuple[str, str | None, str, str] | None = None,
     corpus: data.Corpus | None = None,
+    validate: bool = False,
     width: int = 80,
 ) -> dict:
     """Runs everything and writes the picture to ``out``, with ``.json`` and ``.safetensors`` beside it.
@@ -36,6 +37,7 @@ def demo(
         classes (int): packages of the standard library.
         dataset (tuple, optional): name, configuration, text column, label column. Default: the standard library.
         corpus (Corpus, optional): text at hand instead.
+        validate (bool): learn from a part of the training texts and test on the rest; for choosing settings.
         width (int): columns of the terminal to use at most.
 
     Returns:
@@ -50,6 +52,8 @@ def demo(
     if corpus is None:
         with console.status("Collecting text"):
             corpus = data.hugging_face(*dataset, seed=settings.seed) if dataset else data.standard_library(classes)
+    if validate:
+        corpus = data.validation(corpus)
     console.print(
         f"[bold]{corpus.name}[/]: {len(corpus.train)} texts to learn from, {len(corpus.test)} to test on, "
         f"{len(corpus.labels)} classes (always the most frequent: {100 * corpus.majority():.1f} %)",
