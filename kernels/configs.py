@@ -77,6 +77,19 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
         100: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
         120: (_tile("large", 128, 64, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
     },
+    # The layer norm's: one more sum, and a mean.
+    "layer_gradient_mean": dict.fromkeys(
+        ARCHITECTURES, (_tile("large", 128, 64, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3))
+    ),
+}
+
+# Rows that are not whole 16-byte pieces come number by number, through registers: small tiles, for all architectures.
+_ODD: dict[str, Config] = {
+    "project": _tile("odd", 32, 32, 32, 4, 1),
+    "recur": _units("odd", 16, 16, 32, 4, 1),
+    "reverse": _units("odd", 16, 16, 32, 4, 1),
+    "outer": _outer("odd", 32, 32, 32, 4, 1),
+    "layer_gradient": _tile("odd", 16, 32, 32, 4, 1),
 }
 
 # float32 is multiplied as such, by fused multiply-adds: accumulators are the limit, the same everywhere.
@@ -110,32 +123,28 @@ _INTERPRETED: dict[str, tuple[Config, ...]] = {
 KERNELS = (*_HALF, *_SMALL)
 
 
-def configs(kernel: str, arch: int, itemsize: int) -> tuple[Config, ...]:
+def configs(kernel: str, arch: int, itemsize: int, regular: bool = True) -> tuple[Config, ...]:
     """The configurations of a kernel, from the largest tiles to the smallest.
 
     Args:
         kernel (str): one of ``KERNELS``.
         arch (int): one of ``ARCHITECTURES``, or ``INTERPRETER``.
         itemsize (int): bytes of a weight's number, 2 or 4.
+        regular (bool): all rows are whole 16-byte pieces.
     """
     if kernel in _SMALL:
         return (_SMALL[kernel],)
-    own = kernel.removesuffix("_lstm")
+    own = kernel.removesuffix("_lstm").removesuffix("_mean")
     if arch == INTERPRETER:
         return _INTERPRETED[own]
+    if not regular and own in _ODD:
+        return (_ODD[own],)
     return _FLOAT[own] if itemsize == 4 else _HALF[kernel][arch]
 
 
-def choose(
-    kernel: str, arch: int, itemsize: int, programs: Callable[[dict[str, int]], int] | None = None, wanted: int = 1
-) -> Config:
+def choose(found: tuple[Config, ...], programs: Callable[[dict[str, int]], int], wanted: int) -> Config:
     """The first configuration that has at least ``wanted`` programs, counted from its blocks; or the last."""
-    found = configs(kernel, arch, itemsize)
-    if programs is not None:
-        for config in found:
-            if programs(config.blocks) >= wanted:
-                return config
-    return found[-1]
+    return next((config for config in found if programs(config.blocks) >= wanted), found[-1])
 
 
 def supported(major: int, minor: int) -> int:
