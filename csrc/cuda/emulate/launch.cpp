@@ -152,9 +152,9 @@ std::string run_cluster(const Launch& how, int64_t number, uint64_t seed) {
   running = first;
   m.host.change_to(first->fiber);
   running = nullptr;
-  acquire(&m.finished);
   std::string what;
   if (m.complaint[0] != '\0') {
+    acquire(&m.finished);
     what = m.complaint;
   } else if (m.ended != m.live) {
     what = describe_waiting();
@@ -171,9 +171,13 @@ std::string run_cluster(const Launch& how, int64_t number, uint64_t seed) {
   // Who did not come to the end begins anew.
   for (int i = 0; i < m.live; ++i) {
     Thread& t = *m.threads[static_cast<size_t>(i)];
-    if (t.wait != Wait::ended) t.fiber.prepare(live, &t);
+    if (t.wait != Wait::ended) {
+      t.fiber.order(m.host, &m.finished);
+      t.fiber.prepare(live, &t);
+    }
     t.wait = Wait::ended;
   }
+  acquire(&m.finished);
   return what;
 }
 
@@ -214,9 +218,14 @@ const char* launch(const Launch& how, const char* caller, void (*run)(const void
   int64_t number = static_cast<int64_t>(draw(state) % static_cast<uint64_t>(clusters));
   for (int64_t i = 0; i < clusters; ++i) {
     const std::string what = run_cluster(how, number, seed);
-    if (!what.empty()) return complain(name, what + " [PYEFF_EMULATE_SEED=" + std::to_string(seed) + "]");
+    if (!what.empty()) {
+      acquire(&m.finished);
+      return complain(name, what + " [PYEFF_EMULATE_SEED=" + std::to_string(seed) + "]");
+    }
     number = (number + stride) % clusters;
   }
+  // Not after each cluster: the blocks of a grid are not ordered, and their collisions are to be seen.
+  acquire(&m.finished);
   return nullptr;
 }
 

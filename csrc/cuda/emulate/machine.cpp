@@ -9,6 +9,7 @@ namespace pyeff::gpu::emulate {
 
 PYEFF_THREAD_LOCAL ThreadView* running = nullptr;
 PYEFF_THREAD_LOCAL Machine* machine_in_use = nullptr;
+__thread int unseen_now = 0;
 
 Machine& own_machine() {
   static thread_local Machine own;
@@ -77,6 +78,7 @@ void trap(Site site, const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(m.complaint + used, sizeof m.complaint - static_cast<size_t>(used), format, arguments);
   va_end(arguments);
+  Unseen::end_all();
   release(&m.finished);
   self().fiber.change_to(m.host);
   __builtin_unreachable();

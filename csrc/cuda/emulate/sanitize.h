@@ -29,18 +29,28 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace pyeff::gpu::emulate {
 
+// How many Unseen there are; a fiber that traps leaves them behind.
+extern __thread int unseen_now;
+
 // As long as it lives, this fiber's calls of the C library are not looked at either.
 struct Unseen {
 #ifdef PYEFF_TSAN
   Unseen() {
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    ++unseen_now;
   }
-  ~Unseen() {
+  ~Unseen() { end(); }
+  static void end() {
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    --unseen_now;
+  }
+  static void end_all() {
+    while (unseen_now > 0) end();
   }
 #else
+  static void end_all() {}
   Unseen() {}
 #endif
   Unseen(const Unseen&) = delete;
