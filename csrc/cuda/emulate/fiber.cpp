@@ -82,6 +82,14 @@ bool Fiber::prepare(void (*body)(void*), void* argument) {
   return true;
 }
 
+void Fiber::order([[maybe_unused]] Fiber& here, [[maybe_unused]] void* sync) {
+#ifdef PYEFF_TSAN
+  __tsan_switch_to_fiber(tsan_, 1);
+  release(sync);
+  __tsan_switch_to_fiber(here.tsan_, 1);
+#endif
+}
+
 void Fiber::adopt() {
 #ifdef PYEFF_TSAN
   tsan_ = __tsan_get_current_fiber();

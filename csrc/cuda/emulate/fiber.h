@@ -21,6 +21,8 @@ class Fiber {
   // Makes it stand before body(argument), which never returns. May be called again, wherever the fiber is; its stack is
   // kept. False if there is no memory.
   bool prepare(void (*body)(void*), void* argument);
+  // For ThreadSanitizer: what this fiber did comes before what is done after acquire(sync). Called from `here`.
+  void order(Fiber& here, void* sync);
   // Makes this object the OS thread that calls.
   void adopt();
   // From this fiber, which must be the one that runs, to another one.
