@@ -104,7 +104,7 @@ class Backward {
     turn.first = first_, turn.tokens = tokens_;
     turn.pre = turn.gates = local_.gates, turn.pre_ld = 4 * s_.rank, turn.pre_stride = turn.pre_ld * tokens_;
     // Products of 16-bit numbers make the statistics anew; those of float are given what was saved.
-    turn.stats_stride = s_.tokens;
+    turn.stats_stride = s_.tokens, turn.stats_given = true;
     if (p_.number == Number::f32 && p_.norm != Norm::none)
       turn.rstd = const_cast<float*>(rstd()), turn.mean = const_cast<float*>(mean());
     turn.h = local_.h, turn.h_stride = s_.rank * tokens_, turn.h_period = 2, turn.c_last = local_.c_last;
