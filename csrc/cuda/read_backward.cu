@@ -15,8 +15,8 @@ struct OuterSpace {
   int64_t width, splits;
   float *partial, *bias, *mean_sums = nullptr;
 
-  OuterSpace(const ReadProblem& p, const ReadSizes& s, int64_t width_, int64_t turn, const Machine& machine,
-             Scratch& scratch)
+  // `means`: what the rows' means add is taken off afterwards.
+  OuterSpace(const ReadSizes& s, int64_t width_, bool means, int64_t turn, const Machine& machine, Scratch& scratch)
       : width(width_) {
     // Enough blocks for every processor twice, but no split without work. Tiles are 128 by 128.
     const int64_t rows = s.gates * s.padded;
@@ -27,7 +27,7 @@ struct OuterSpace {
     if (splits < 1) splits = 1;
     partial = scratch.take<float>(splits * rows * width * 4);
     bias = scratch.take<float>(splits * rows * 4);
-    if (p.norm == Norm::layer && p.number != Number::f32) mean_sums = scratch.take<float>(splits * rows * 4);
+    if (means) mean_sums = scratch.take<float>(splits * rows * 4);
   }
 };
 
@@ -47,8 +47,8 @@ struct BackwardScratch {
         dgamma(scratch.take<float>(groups * s.width * 4)),
         dbeta(scratch.take<float>(groups * s.width * 4)),
         most(turn(p, b, s, machine)),
-        input(p, s, s.width, most, machine, scratch),
-        recurrent(p, s, s.rank, most, machine, scratch),
+        input(s, s.width, p.norm == Norm::layer && p.number != Number::f32, most, machine, scratch),
+        recurrent(s, s.rank, false, most, machine, scratch),
         da(scratch.take(s.layers * most * s.derivatives * s.padded * s.bytes)),
         carry_h(scratch.take<float>(most * s.rank * 4)),
         carry_c(scratch.take<float>(most * s.rank * 4)) {
