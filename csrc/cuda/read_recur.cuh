@@ -31,18 +31,26 @@ struct RecurCell {
   }
   PYEFF_DEVICE static T* at(void* base, int64_t offset) { return static_cast<T*>(base) + offset; }
 
-  // Units `unit` and the next of token n at layer l. `sum(gate, 0 or 1)` is R h. Returns the new states.
+  // The input's share for units `unit` and the next of token n at layer l; where they do not exist, 0.
+  PYEFF_DEVICE void inputs(int64_t l, int64_t n, int64_t unit, float (&x)[gates_of(C)][2]) const {
+    const int count = n < p.tokens ? count_at(unit) : 0;
+    const T* from = static_cast<const T*>(p.pre) + (count ? l * p.pre_stride + n * p.pre_ld + unit : 0);
+    PYEFF_UNROLL
+    for (int g = 0; g < gates_of(C); ++g) load_two(x[g], from + (count ? g * p.rank : 0), count, p.pairs);
+  }
+
+  // Their new states. `sum(gate, 0 or 1)` is R h.
   template <class Sum>
-  PYEFF_DEVICE void operator()(int64_t l, int64_t n, int64_t unit, const Sum& sum, float (&h)[2]) const {
+  PYEFF_DEVICE void step(int64_t l, int64_t n, int64_t unit, const float (&x)[gates_of(C)][2], const Sum& sum,
+                         float (&h)[2]) const {
     constexpr int kGates = gates_of(C);
     h[0] = h[1] = 0.0f;
     if (n >= p.tokens || unit >= p.rank) return;
-    const int count = unit + 1 < p.rank ? 2 : 1;
+    const int count = count_at(unit);
     const int64_t row = l * p.pre_stride + n * p.pre_ld + unit, state = n * p.rank + unit;
-    float x[kGates][2], b[kGates][2] = {}, h_previous[2] = {}, c_previous[2] = {};
+    float b[kGates][2] = {}, h_previous[2] = {}, c_previous[2] = {};
     PYEFF_UNROLL
     for (int g = 0; g < kGates; ++g) {
-      load_two(x[g], static_cast<const T*>(p.pre) + row + g * p.rank, count, p.pairs);
       if (p.b_hh) load_two(b[g], static_cast<const T*>(p.b_hh) + g * p.rank + unit, count, p.pairs);
     }
     if (C == Cell::gru && (l > 0 || p.h0)) load_two(h_previous, previous_h(l) + state, count, p.pairs);
@@ -77,6 +85,8 @@ struct RecurCell {
   }
 
  private:
+  PYEFF_DEVICE int count_at(int64_t unit) const { return unit + 1 < p.rank ? 2 : unit < p.rank ? 1 : 0; }
+
   // The mean is of the states in full precision. Each sum is read and written by one thread alone.
   PYEFF_DEVICE void reduce(int64_t l, int64_t state, const float (&h)[2], int count) const {
     if (!p.out) return;
@@ -140,10 +150,11 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_recur(const PYEFF_GRID_C
       for (int i = 0; i < 2; ++i) {
         PYEFF_UNROLL
         for (int j = 0; j < 4; ++j) {
-          float h[2];
-          cell(
-              l, row0 + m + i * 8 + lane() / 4, int64_t{chunk} * Tile::kUnits + n + j * 8 + 2 * (lane() % 4),
-              [&](int gate, int e) { return sums[0][gate * 4 + j][i * 2 + e]; }, h);
+          const int64_t row = row0 + m + i * 8 + lane() / 4;
+          const int64_t unit = int64_t{chunk} * Tile::kUnits + n + j * 8 + 2 * (lane() % 4);
+          float x[gates_of(C)][2], h[2];
+          cell.inputs(l, row, unit, x);
+          cell.step(l, row, unit, x, [&](int gate, int e) { return sums[0][gate * 4 + j][i * 2 + e]; }, h);
         }
       }
       clear(sums);
