@@ -54,9 +54,11 @@ class Resident {
   }
 
   PYEFF_DEVICE void run(int64_t row0) {
-    row0_ = row0 + row_in_tile(0);
     load_first(row0);
     for (int64_t l = 0; l < p_.layers; ++l) {
+      // Kept for all layers, the addresses of all pairs would be spilled.
+      thread_ = static_cast<int>(opaque(thread_index()));
+      row0_ = row0 + row_in_tile(0);
       float sums[Tile::kOwn / 2];
       start(sums);
       uint32_t x[Tile::kPairs][Tile::kGates];
@@ -75,7 +77,7 @@ class Resident {
         for (int g = 0; g < Tile::kGates; ++g) gates[g][0] = low_of<T>(x[i][g]), gates[g][1] = high_of<T>(x[i][g]);
         // The columns of a gate follow those of the one before.
         cell_.step(
-            l, row(i), unit(i), gates,
+            l, opaque(row(i)), opaque(unit(i)), gates,
             [&](int gate, int e) {
               return sums[(gate * Tile::kAcross + i % Tile::kAcross) * 4 + i / Tile::kAcross * 2 + e];
             },
@@ -90,9 +92,11 @@ class Resident {
 
  private:
   // Pair i of this thread: its token within the tile, its token and its first unit.
-  PYEFF_DEVICE static int row_in_tile(int i) { return warp() % 8 * 16 + i / Tile::kAcross * 8 + lane() / 4; }
-  PYEFF_DEVICE static int unit_in_block(int i) {
-    return warp() / 8 * (Tile::kUnits / 2) + i % Tile::kAcross * 8 + 2 * (lane() % 4);
+  PYEFF_DEVICE int row_in_tile(int i) const {
+    return thread_ / kWarp % 8 * 16 + i / Tile::kAcross * 8 + thread_ % kWarp / 4;
+  }
+  PYEFF_DEVICE int unit_in_block(int i) const {
+    return thread_ / (8 * kWarp) * (Tile::kUnits / 2) + i % Tile::kAcross * 8 + 2 * (thread_ % 4);
   }
   PYEFF_DEVICE int64_t row(int i) const { return row0_ + i / Tile::kAcross * 8; }
   PYEFF_DEVICE int64_t unit(int i) const { return block_ * Tile::kUnits + unit_in_block(i); }
@@ -153,11 +157,11 @@ class Resident {
     PYEFF_UNROLL
     for (int i = 0; i < Tile::kPairs; ++i) {
       char* chunk = mine + chunk_at(row_in_tile(i), unit_in_block(i) / 8);
-      store_shared(reinterpret_cast<uint32_t*>(chunk) + lane() % 4, states[i]);
+      store_shared(reinterpret_cast<uint32_t*>(chunk) + thread_ % 4, states[i]);
     }
     if (panels_ > 1) {
       barrier();
-      for (int i = thread_index(); i < Tile::kRows * 8; i += Tile::kThreads) {
+      for (int i = thread_; i < Tile::kRows * 8; i += Tile::kThreads) {
         char* from = mine + i * 16;
         const Vec16 v = load_shared16(from);
         for (int other = 1; other < panels_; ++other) store_cluster16(cluster_map(from, (block_ + other) % panels_), v);
@@ -170,9 +174,10 @@ class Resident {
   }
 
   const RecurParams& p_;
-  const RecurCell<T, C> cell_;
+  const RecurCell<T, C, true> cell_;
   char *weights_, *state_;
   const int panels_, block_;
+  int thread_ = 0;
   int64_t row0_ = 0;
 };
 

@@ -3,6 +3,7 @@
 // no order that the hardware would promise.
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "cuda/emulate/machine.h"
 #include "cuda/number.cuh"
@@ -161,7 +162,9 @@ void run_product(const Pending& pending, const Block& block) {
   for_each_piece(p, [&](bool, int, int, uint32_t at) { was_read(block.shared + (at - kSharedBegins), 16); });
   const Unseen unseen;
   float a[64 * 16];
-  static thread_local float b[16 * 256];
+  // On the heap: a library that is loaded late has little room for what belongs to a thread.
+  static thread_local std::vector<float> room(16 * 256);
+  float* const b = room.data();
   for_each_piece(p, [&](bool is_a, int y, int x, uint32_t at) {
     const char* from = block.shared + (at - kSharedBegins);
     for (int i = 0; i < 8; ++i) {
