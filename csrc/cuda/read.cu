@@ -62,7 +62,7 @@ const char* project(const ReadProblem& p, const FoldedWeights& folded, const For
     params.pre_stride = turn.pre_stride, params.pre_ld = turn.pre_ld, params.stats_stride = turn.stats_stride;
     params.first = turn.first, params.tokens = turn.tokens, params.width = s.width, params.ld = s.ld;
     params.columns = s.rows, params.eps = p.eps, params.norm = p.norm;
-    if (p.number == Number::f32 && p.norm != Norm::none) {
+    if (p.number == Number::f32 && p.norm != Norm::none && !turn.stats_given) {
       const StatsParams stats{params.phi, params.rstd, params.mean, turn.stats_stride,
                               turn.first, turn.tokens, s.width,     p.eps};
       launches.run("read_stats", read_stats<float>, {div_up(turn.tokens, int64_t{kThreads / kWarp}), layers}, kThreads,
