@@ -81,9 +81,10 @@ def place_fixture(chosen):
     return place
 
 
-# Every implementation, those with kernels of their own, of both the ones that compute in float64, and the CPU's.
+# Every implementation, those with kernels of their own, of both the ones that compute in float64; the CPU's, a GPU's.
 backend = place_fixture(places.PLACES)
 kernels = place_fixture(places.KERNELS)
 backend64 = place_fixture([place for place in places.PLACES if torch.float64 in place.dtypes])
 kernels64 = place_fixture([place for place in places.KERNELS if torch.float64 in place.dtypes])
 cpu_kernels = place_fixture([place for place in places.KERNELS if place.backend == "cpu"])
+gpu_kernels = place_fixture([place for place in places.KERNELS if place.device == "cuda"])

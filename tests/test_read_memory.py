@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyeff
@@ -102,3 +103,27 @@ def test_nothing_is_kept_without_gradients(kernels, cell, norm):
     with Allocations() as training:
         call.require_grad(["w_ih"])()
     assert training.kept > 0
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_shapes_past_2_to_the_31_elements(cell):
+    """Without memory: what is kept for three million tokens, and their gradients."""
+    tokens, layers, d, r = 3_000_000, 12, 768, 256
+    rows = helpers.GATES[cell] * r
+    with FakeTensorMode():
+        phi = [torch.empty(tokens, d, dtype=torch.bfloat16, device="cpu") for _ in range(layers)]
+        weights = [torch.empty(rows, k, dtype=torch.bfloat16, device="cpu") for k in (d, r)]
+        tensors, options = (phi, *weights, *(None,) * 6), (cell, "rms", 1e-6, "mean")
+        out, _, h, c, gates, stats = torch.ops.pyeff.read_forward(*tensors, *options, 2, "cpu")
+        assert out.shape == (tokens, r)
+        assert h.shape == (layers, tokens, r)
+        assert h.numel() > 2**31
+        assert c.numel() == (h.numel() if cell == "lstm" else 0)
+        assert gates.numel() == (0 if cell == "rnn" else 4 * h.numel())
+        assert stats.shape == (1, layers, tokens)
+        needs = [True, True, *(False,) * 6]
+        dphi, dw_ih, dw_hh, *_ = torch.ops.pyeff.read_backward(
+            out, None, *tensors, h, c, gates, stats, *options, [True] * layers, needs, "cpu"
+        )
+    assert dphi.shape == (layers, tokens, d)
+    assert (dw_ih.shape, dw_hh.shape) == ((rows, d), (rows, r))
