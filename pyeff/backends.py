@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
+# The CUDA C++ kernels built for the CPU, for tests: only in a checkout.
+EMULATED_LIBRARY = Path(__file__).parents[1] / "build" / "dev" / "pyeff_emulated.so"
 
 # For each public operation: the implementations that this release has. The order is the order of preference.
 OPS: dict[str, tuple[str, ...]] = {
-    "read_recurrence": ("cpu", "reference"),
-    "read_step": ("cpu", "reference"),
+    "read_recurrence": ("cuda", "triton", "cpu", "reference"),
+    "read_step": ("cuda", "triton", "cpu", "reference"),
     "ticket_linear": (),
     "ligo_grow": (),
     "multimask_targets": (),
@@ -49,6 +55,11 @@ DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _choice = os.environ.get("PYEFF_BACKEND", "auto")
 if _choice not in (*NAMES, "auto"):
     raise ValueError(f"PYEFF_BACKEND is {_choice!r}, expected one of {', '.join((*NAMES, 'auto'))}")
+
+
+# For tests: the GPU's kernels serve CPU tensors, Triton's by its interpreter and those of CUDA C++ by a build of the
+# same source for the CPU. Only where they are named: this is slow.
+EMULATED = os.environ.get("PYEFF_EMULATE", "0") not in ("", "0")
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,36 @@ def load_library() -> str:
     return ""
 
 
+@functools.cache
+def load_emulated() -> str:
+    """Loads the CUDA kernels that were built for the CPU. Returns an empty string, or why they cannot be used."""
+    if reason := load_library():
+        return reason
+    if not EMULATED_LIBRARY.exists():
+        return "PYEFF_EMULATE is set and build/dev/pyeff_emulated.so was not built (PYEFF_DEV=1, in a checkout)"
+    try:
+        torch.ops.load_library(str(EMULATED_LIBRARY))
+    except OSError as error:
+        return f"the emulated CUDA kernels do not load: {error}"
+    return ""
+
+
+def triton_kernels(stem: str) -> Any:
+    """The module of Triton kernels of one stem: in an installed pyeff, and in a checkout where they lie beside it."""
+    if EMULATED:
+        os.environ["TRITON_INTERPRET"] = "1"
+    if "pyeff.kernels" not in sys.modules and importlib.util.find_spec("pyeff.kernels") is None:
+        folder = Path(__file__).parents[1] / "kernels"
+        spec = importlib.util.spec_from_file_location(
+            "pyeff.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is None or spec.loader is None:
+            raise ImportError("this installation of pyeff has no Triton kernels")
+        sys.modules["pyeff.kernels"] = package = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+    return importlib.import_module(f"pyeff.kernels.{stem}")
+
+
 def support(op: str, name: str) -> Support:
     """Whether backend ``name`` can serve ``op`` on this machine at all."""
     served = OPS[op]
@@ -120,28 +161,57 @@ def support(op: str, name: str) -> Support:
         return Support(True)
     if name not in served:
         return Support(False, f"no {name} kernel in this release")
-    if DEVICE[name] == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        reason = load_library()
+        return Support(not reason, reason)
+    missing = "Triton is not installed" if name == "triton" and not importlib.util.find_spec("triton") else ""
+    if EMULATED:
+        reason = missing or (load_emulated() if name == "cuda" else "")
+        return Support(not reason, reason or "emulated on the CPU (PYEFF_EMULATE), where it is named")
+    if not torch.cuda.is_available():
         return Support(False, "torch sees no CUDA device")
-    reason = load_library() if name != "triton" else ""
-    return Support(not reason, reason)
+    reasons = [missing or _device_problem(name, i) for i in range(torch.cuda.device_count())]
+    return Support(not all(reasons), reasons[0] if all(reasons) else "")
 
 
-def refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, transform: str = "") -> str:
+@functools.cache
+def _device_problem(name: str, device: int) -> str:
+    """Why the kernels of one of the GPU's backends do not run on a device, or an empty string."""
+    if name == "cuda":
+        return load_library() or torch.ops.pyeff_cuda.why_not(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"the Triton kernels need compute capability 8.0, this device has {major}.{minor}"
+
+
+def refusal(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, transform: str = "", named: bool = True
+) -> str:
     """Why backend ``name`` cannot serve this call; an empty string where it can."""
     state = support(op, name)
     if not state.usable or name == "reference":
         return state.reason
     if transform:
         return f"{transform} is not supported by the {name} kernels"
-    if device.type != DEVICE[name]:
+    emulated = EMULATED and DEVICE[name] == "cuda"
+    serves = "cpu" if emulated else DEVICE[name]
+    if device.type != serves or (emulated and not named):
         return f"the tensors are on {device.type}, the {name} kernels work on {DEVICE[name]}"
     if dtype not in DTYPES[name]:
         expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[name])
         return f"the tensors are {dtype}, the {name} kernels compute in {expected}"
+    if device.type == "cuda":
+        return _device_problem(name, device.index if device.index is not None else torch.cuda.current_device())
     return ""
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str = "", transform: str = "") -> str:
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str = "",
+    transform: str = "",
+    prefer: Sequence[str] = (),
+) -> str:
     """The backend that runs ``op`` on tensors of this device and dtype.
 
     Args:
@@ -149,6 +219,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str = "
         device (torch.device), dtype (torch.dtype): those of its tensors.
         requested (str): a backend's name or ``"auto"``; empty stands for the one in force.
         transform (str): what is done to the call that only the reference can follow; empty for an ordinary call.
+        prefer (sequence of str): backends that are tried before the op's others.
 
     Raises:
         RuntimeError: a backend was named and cannot serve this call; the message says why.
@@ -162,7 +233,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str = "
         if reason:
             raise RuntimeError(f"{op}: backend {requested!r} was asked for and cannot serve: {reason}")
         return requested
-    return next(name for name in OPS[op] if not refusal(op, name, device, dtype, transform))
+    order = dict.fromkeys((*prefer, *OPS[op]))
+    return next(name for name in order if not refusal(op, name, device, dtype, transform, named=False))
 
 
 def info() -> dict[str, object]:

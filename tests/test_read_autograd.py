@@ -191,24 +191,25 @@ def inner_arguments(cell: str, norm: str, save: int, wanted=(), **more):
 def test_opcheck_forward(kernels, cell, norm, save):
     for strides in (("contiguous",), ("transposed", "sliced")):
         tensors, options, save = inner_arguments(cell, norm, save, strides=strides)
-        torch.library.opcheck(torch.ops.pyeff.read_forward, (*tensors, *options, save))
+        torch.library.opcheck(torch.ops.pyeff.read_forward, (*tensors, *options, save, kernels))
 
 
 @pytest.mark.parametrize("save", [1, 2])
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_forward_with_gradients(kernels, cell, save):
     tensors, options, save = inner_arguments(cell, "layer", save, ["phi0", "w_ih", "w_hh", "b_hh", "norm_weight", "h0"])
-    torch.library.opcheck(torch.ops.pyeff.read_forward, (*tensors, *options, save))
+    torch.library.opcheck(torch.ops.pyeff.read_forward, (*tensors, *options, save, kernels))
 
 
 @pytest.mark.parametrize("save", [1, 2])
 @pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
 def test_opcheck_backward(kernels, cell, norm, save):
     tensors, options, save = inner_arguments(cell, norm, save)
-    out, _, *kept = torch.ops.pyeff.read_forward(*tensors, *options, save)
+    out, _, *kept = torch.ops.pyeff.read_forward(*tensors, *options, save, kernels)
     given = [t is not None for t in tensors[1:]]
     grad_c = torch.randn_like(out) if cell == "lstm" and save == 2 else None
     needs_phi = [save == 2, False, save == 2]
     torch.library.opcheck(
-        torch.ops.pyeff.read_backward, (torch.randn_like(out), grad_c, *tensors, *kept, *options, needs_phi, given)
+        torch.ops.pyeff.read_backward,
+        (torch.randn_like(out), grad_c, *tensors, *kept, *options, needs_phi, given, kernels),
     )

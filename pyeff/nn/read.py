@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyeff import ops
-from pyeff.ops.read import GATES, NORMS, REDUCTIONS
+from pyeff.reference.read import GATES, NORMS, REDUCTIONS
 
 _RNN_NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 _RNN_CLASSES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from pyeff import backends, reference
+from pyeff.ops import _read_kernels as kernels
 from pyeff.ops._calls import autocast_dtype, cast, check_tensor, transform_of
-from pyeff.reference.read import GATES, NORMS, REDUCTIONS, check_layers, check_options, split_state
+from pyeff.ops._read_kernels import SAVE_GATES, SAVE_NOTHING, SAVE_STATES
+from pyeff.reference.read import GATES, check_layers, check_options, split_state
 
-# What the backward needs of a step beside h: nothing (1 - h^2), (r, z, n, R_n h + b), (i, f, g, o).
-SAVED_GATES = {"rnn": 0, "gru": 4, "lstm": 4}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# How much the forward keeps: nothing, the states, or the states and the gates.
-SAVE_NOTHING, SAVE_STATES, SAVE_GATES = 0, 1, 2
 
 _WEIGHTS = (
     "Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, Tensor? b_hh=None, *, "
@@ -41,12 +39,12 @@ _lib.define(
     "str backend='') -> (Tensor, Tensor)"
 )
 _lib.define(
-    f"read_forward({_INNER}, str cell, str norm, float eps, str reduce, int save) -> "
+    f"read_forward({_INNER}, str cell, str norm, float eps, str reduce, int save, str backend) -> "
     "(Tensor out, Tensor c_last, Tensor h, Tensor c, Tensor gates, Tensor stats)"
 )
 _lib.define(
     f"read_backward(Tensor? grad_out, Tensor? grad_c, {_INNER}, Tensor h, Tensor c, Tensor gates, Tensor stats, "
-    "str cell, str norm, float eps, str reduce, bool[] needs_phi, bool[] needs) -> "
+    "str cell, str norm, float eps, str reduce, bool[] needs_phi, bool[] needs, str backend) -> "
     "(Tensor dphi, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dnorm_weight, Tensor dnorm_bias, "
     "Tensor dh0, Tensor dc0)"
 )
@@ -224,16 +222,24 @@ def _prepare(
     dtype, transform = autocast_dtype(rest[0].device), transform_of([*rest, *phi])
     if dtype is None:
         _check(op, phi, *rest, **options)
-        return phi, rest, backends.choose(op, rest[0].device, rest[0].dtype, backend, transform)
+        return phi, rest, _choose(op, rest, backend, transform, options["cell"])
     rest = cast(rest, dtype)
-    chosen = backends.choose(op, rest[0].device, rest[0].dtype, backend, transform)
+    chosen = _choose(op, rest, backend, transform, options["cell"])
     # The kernels round a float32 phi as they pack it: no copy is made, and none is kept for the backward.
-    if chosen == "cpu" and dtype == rest[0].dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in phi):
+    if chosen != "reference" and dtype == rest[0].dtype != torch.float32 and all(t.dtype == torch.float32 for t in phi):
         options["phi_dtype"] = torch.float32
     else:
         phi = cast(phi, dtype)
     _check(op, phi, *rest, **options)
     return phi, rest, chosen
+
+
+def _choose(op: str, rest: list[Any], backend: str, transform: str, cell: str) -> str:
+    w_ih, w_hh = rest[:2]
+    # A weight of a wrong shape is refused by the checks that follow.
+    rank = w_hh.shape[-1] if w_hh.dim() else 0
+    prefer = kernels.prefer(w_ih.device, w_ih.dtype, cell, rank)
+    return backends.choose(op, w_ih.device, w_ih.dtype, backend, transform, prefer)
 
 
 def _save_mode(tensors: list[Tensor | None], recompute: bool) -> int:
@@ -255,7 +261,7 @@ def _recurrence(
             cell=cell, norm=norm, eps=eps, reduce=reduce,
         )  # fmt: skip
     save = _save_mode([*phi, *rest], recompute)
-    return torch.ops.pyeff.read_forward(phi, *rest, cell, norm, eps, reduce, save)[0]
+    return torch.ops.pyeff.read_forward(phi, *rest, cell, norm, eps, reduce, save, chosen)[0]
 
 
 def _step(
@@ -267,7 +273,7 @@ def _step(
     w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c = rest
     if chosen != "reference":
         save = _save_mode([phi_i, *rest], False)
-        return torch.ops.pyeff.read_forward([phi_i], *rest, cell, norm, eps, "last", save)[:2]
+        return torch.ops.pyeff.read_forward([phi_i], *rest, cell, norm, eps, "last", save, chosen)[:2]
     state: Any = h
     if cell == "lstm" and not (h is None and c is None):
         zero = torch.zeros_like(h if h is not None else c)
@@ -286,95 +292,57 @@ _lib.impl("read_recurrence", _recurrence, "FuncTorchBatched")
 _lib.impl("read_step", _step, "FuncTorchBatched")
 
 
-def _empty_forward(phi, w_ih, w_hh, cell, norm, save) -> tuple[Tensor, ...]:
-    """Outputs of read_forward: out, c_last, h, c, gates, stats; what a call does not have is of size zero."""
-    lead, rank, layers, lstm = phi[0].shape[:-1], w_hh.shape[1], len(phi), cell == "lstm"
-
-    def empty(wanted: bool, *shape: int, dtype: torch.dtype = w_ih.dtype) -> Tensor:
-        return w_ih.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    kept, wide = save >= SAVE_STATES, torch.promote_types(w_ih.dtype, torch.float32)
-    return (
-        empty(True, *lead, rank),
-        empty(lstm, *lead, rank),
-        empty(kept, layers, *lead, rank),
-        empty(kept and lstm, layers, *lead, rank),
-        empty(save == SAVE_GATES and SAVED_GATES[cell] > 0, layers, *lead, SAVED_GATES[cell] * rank),
-        empty(kept and norm != "none", 2 if norm == "layer" else 1, layers, *lead, dtype=wide),
-    )
-
-
-def _empty_backward(phi, w_ih, w_hh, needs_phi, needs) -> tuple[Tensor, ...]:
-    """Outputs of read_backward: the gradients in the order of read_forward's tensors, of size zero where not needed."""
-    lead, width, rank, gates = phi[0].shape[:-1], phi[0].shape[-1], w_hh.shape[1], w_hh.shape[0]
-    state = (*lead, rank)
-    shapes = ((gates, width), (gates, rank), (gates,), (gates,), (width,), (width,), state, state)
-    dphi = w_ih.new_empty((sum(needs_phi), *lead, width) if any(needs_phi) else (0,))
-    return dphi, *(w_ih.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
-
-
-def _operands(phi, rest) -> tuple[list[Tensor], list[Tensor | None]]:
-    """What the CPU kernels take: phi of any strides (in at most 8 leading dimensions), everything else contiguous."""
-    phi = [t if t.dim() <= 9 else t.contiguous() for t in phi]
-    return phi, [t if t is None else t.contiguous() for t in rest]
-
-
-def _codes(cell: str, norm: str, eps: float, reduce: str) -> tuple[int, int, float, int]:
-    return tuple(GATES).index(cell), NORMS.index(norm), eps, REDUCTIONS.index(reduce)
-
-
-def _refuse_tangents(tensors: list[Tensor | None]) -> None:
-    """A graph compiled for tensors without tangents calls the kernels with whatever it is given later."""
-    if transform := transform_of(tensors):
-        raise RuntimeError(f"read_recurrence: {transform} is not supported by the cpu kernels")
-
-
-def _forward_cpu(phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce, save):
-    _refuse_tangents([w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, *phi])
-    outputs = _empty_forward(phi, w_ih, w_hh, cell, norm, save)
-    phi, rest = _operands(phi, (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0))
-    torch.ops.pyeff_cpu.read_forward(phi, *rest, *_codes(cell, norm, eps, reduce), *outputs)
+def _forward(phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce, save, backend):
+    rest = (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0)
+    _refuse_tangents(backend, [*rest, *phi])
+    outputs = kernels.empty_forward(phi, w_ih, w_hh, cell, norm, save)
+    if outputs[0].numel() > 0:
+        kernels.forward(backend, phi, rest, (cell, norm, eps, reduce), outputs)
     return outputs
 
 
-def _backward_cpu(
+def _backward_kernels(
     grad_out, grad_c, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, h, c, gates, stats,
-    cell, norm, eps, reduce, needs_phi, needs,
+    cell, norm, eps, reduce, needs_phi, needs, backend,
 ):  # fmt: skip
-    _refuse_tangents([w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, *phi, grad_out, grad_c])
-    outputs = _empty_backward(phi, w_ih, w_hh, needs_phi, needs)
+    rest = (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0)
+    _refuse_tangents(backend, [*rest, *phi, grad_out, grad_c])
+    outputs = kernels.empty_backward(phi, w_ih, w_hh, needs_phi, needs)
     if phi[0].numel() == 0 or (grad_out is None and grad_c is None):
         return tuple(t.zero_() for t in outputs)
-    phi, rest = _operands(phi, (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0))
-    grads = [g if g is None else g.contiguous() for g in (grad_out, grad_c)]
-    layers, absent = iter(outputs[0]), w_ih.new_empty(0)
-    dphi = [next(layers) if need else absent for need in needs_phi]
-    torch.ops.pyeff_cpu.read_backward(
-        *grads, phi, *rest, h, c, gates, stats, *_codes(cell, norm, eps, reduce), dphi, *outputs[1:]
-    )
+    saved = (h, c, gates, stats)
+    kernels.backward(backend, (grad_out, grad_c), phi, rest, saved, (cell, norm, eps, reduce), needs_phi, outputs)
     return outputs
 
 
-def _forward_fake(phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce, save):
-    return _empty_forward(phi, w_ih, w_hh, cell, norm, save)
+def _refuse_tangents(backend: str, tensors: list[Tensor | None]) -> None:
+    """A graph compiled for tensors without tangents calls the kernels with whatever it is given later."""
+    if transform := transform_of(tensors):
+        raise RuntimeError(f"read_recurrence: {transform} is not supported by the {backend} kernels")
+
+
+def _forward_fake(
+    phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce, save, backend
+):  # fmt: skip
+    return kernels.empty_forward(phi, w_ih, w_hh, cell, norm, save)
 
 
 def _backward_fake(
     grad_out, grad_c, phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, h, c, gates, stats,
-    cell, norm, eps, reduce, needs_phi, needs,
+    cell, norm, eps, reduce, needs_phi, needs, backend,
 ):  # fmt: skip
-    return _empty_backward(phi, w_ih, w_hh, needs_phi, needs)
+    return kernels.empty_backward(phi, w_ih, w_hh, needs_phi, needs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    phi, *rest, cell, norm, eps, reduce, save = inputs
+    phi, *rest, cell, norm, eps, reduce, save, backend = inputs
     if save == SAVE_NOTHING:
         raise RuntimeError("read_forward: save is 0, expected 1 or 2 where a gradient is wanted")
     saved = output[2:]
     ctx.save_for_backward(*phi, *rest, *saved)
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.layers, ctx.options = len(phi), (cell, norm, eps, reduce)
+    ctx.layers, ctx.options, ctx.backend = len(phi), (cell, norm, eps, reduce), backend
 
 
 def _backward(ctx, grad_out, grad_c, *unused):
@@ -383,12 +351,14 @@ def _backward(ctx, grad_out, grad_c, *unused):
         grad_c = None  # c_last is empty; compiled graphs pass an empty gradient for it nevertheless
     phi, rest = list(tensors[: ctx.layers]), tensors[ctx.layers :]
     needs_phi, needs = list(ctx.needs_input_grad[0]), list(ctx.needs_input_grad[1:9])
-    dphi, *grads = torch.ops.pyeff.read_backward(grad_out, grad_c, phi, *rest, *ctx.options, needs_phi, needs)
+    dphi, *grads = torch.ops.pyeff.read_backward(
+        grad_out, grad_c, phi, *rest, *ctx.options, needs_phi, needs, ctx.backend
+    )
     layers = iter(dphi.unbind(0)) if any(needs_phi) else iter(())
     return (
         [next(layers).to(t.dtype) if need else None for t, need in zip(phi, needs_phi, strict=True)],
         *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 
@@ -396,8 +366,9 @@ def _no_double_backward(ctx, *grads):
     raise RuntimeError("read_recurrence: double backward is not supported (create_graph=True); use backend 'reference'")
 
 
-_lib.impl("read_forward", _forward_cpu, "CPU")
-_lib.impl("read_backward", _backward_cpu, "CPU")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("read_forward", _forward, _device)
+    _lib.impl("read_backward", _backward_kernels, _device)
 torch.library.register_fake("pyeff::read_forward", _forward_fake, lib=_lib)
 torch.library.register_fake("pyeff::read_backward", _backward_fake, lib=_lib)
 torch.library.register_autograd("pyeff::read_forward", _backward, setup_context=_setup_context, lib=_lib)
