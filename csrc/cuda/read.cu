@@ -2,8 +2,8 @@
 #include "cuda/read.h"
 
 #include "cuda/read_launch.cuh"
-#include "cuda/read_project.cuh"
-#include "cuda/read_recur.cuh"
+#include "cuda/read_project_wgmma.cuh"
+#include "cuda/read_resident.cuh"
 
 namespace pyeff::gpu {
 namespace {
@@ -24,6 +24,11 @@ struct ForwardScratch {
   }
 };
 
+template <class Tile>
+Grid tiles(const ReadSizes& s, const ForwardTurn& turn, int64_t layers) {
+  return {div_up(s.rows, int64_t{Tile::kColumns}), div_up(turn.tokens, int64_t{Tile::kRows}), layers};
+}
+
 int64_t forward_turn(const ReadProblem& p, const ReadForward& f, const ReadSizes& s, const Machine& machine) {
   Scratch one(nullptr);
   // Of many tokens, so that rounding up to whole pieces does not count.
@@ -43,7 +48,7 @@ const char* fold(const ReadProblem& p, const FoldedWeights& folded, void* stream
   return launches.error;
 }
 
-const char* project(const ReadProblem& p, const FoldedWeights& folded, const ForwardTurn& turn, const Machine&,
+const char* project(const ReadProblem& p, const FoldedWeights& folded, const ForwardTurn& turn, const Machine& machine,
                     void* stream) {
   const ReadSizes s(p);
   Launches launches(stream);
@@ -57,23 +62,32 @@ const char* project(const ReadProblem& p, const FoldedWeights& folded, const For
     params.pre_stride = turn.pre_stride, params.pre_ld = turn.pre_ld, params.stats_stride = turn.stats_stride;
     params.first = turn.first, params.tokens = turn.tokens, params.width = s.width, params.ld = s.ld;
     params.columns = s.rows, params.eps = p.eps, params.norm = p.norm;
-    if (p.number == Number::f32 && p.norm != Norm::none) {
+    if (p.number == Number::f32 && p.norm != Norm::none && !turn.stats_given) {
       const StatsParams stats{params.phi, params.rstd, params.mean, turn.stats_stride,
                               turn.first, turn.tokens, s.width,     p.eps};
       launches.run("read_stats", read_stats<float>, {div_up(turn.tokens, int64_t{kThreads / kWarp}), layers}, kThreads,
                    0, stats);
     }
     with_numbers(p, [&](auto number, auto phi) {
-      using Tile = ProjectTile<decltype(number)>;
-      launches.run("read_project", read_project<decltype(number), decltype(phi)>,
-                   {div_up(s.rows, int64_t{Tile::kColumns}), div_up(turn.tokens, int64_t{Tile::kRows}), layers},
-                   kThreads, Tile::kShared, params);
+      using T = decltype(number);
+      if constexpr (!std::is_same<T, float>::value) {
+        // A warpgroup's tile is 256 columns: fewer than half of them, and the smaller tile is the better one.
+        if (machine.wgmma && s.rows >= ProjectWgmmaTile::kColumns / 2) {
+          using Tile = ProjectWgmmaTile;
+          launches.run("read_project_wgmma", read_project_wgmma<T, decltype(phi)>, tiles<Tile>(s, turn, layers),
+                       kThreads, Tile::kShared, params);
+          return;
+        }
+      }
+      using Tile = ProjectTile<T>;
+      launches.run("read_project", read_project<T, decltype(phi)>, tiles<Tile>(s, turn, layers), kThreads,
+                   Tile::kShared, params);
     });
   }
   return launches.error;
 }
 
-const char* recur(const ReadProblem& p, const ForwardTurn& turn, const Machine&, void* stream) {
+const char* recur(const ReadProblem& p, const ForwardTurn& turn, const Machine& machine, void* stream) {
   const ReadSizes s(p);
   RecurParams params{};
   params.pre = turn.pre, params.gates = turn.gates, params.pre_stride = turn.pre_stride, params.pre_ld = turn.pre_ld;
@@ -90,9 +104,22 @@ const char* recur(const ReadProblem& p, const ForwardTurn& turn, const Machine&,
   Launches launches(stream);
   with_number(p.number, [&](auto number) {
     with_cell(p.cell, [&](auto cell) {
-      using Tile = RecurTile<decltype(cell)::value>;
-      launches.run("read_recur", read_recur<decltype(number), decltype(cell)::value>,
-                   {div_up(turn.tokens, int64_t{Tile::kRows})}, kThreads, Tile::kShared, params);
+      constexpr Cell kCell = decltype(cell)::value;
+      if constexpr (!std::is_same<decltype(number), float>::value) {
+        using Resident = ResidentTile<kCell>;
+        if (machine.wgmma && resident_rank(s.rank) && params.pairs) {
+          const int64_t blocks = s.rank / Resident::kUnits, clusters = div_up(turn.tokens, int64_t{Resident::kRows});
+          // As many clusters as run at once take all tokens in turns, and load R once.
+          const int64_t at_once = machine.processors / blocks > 0 ? machine.processors / blocks : 1;
+          launches.run("read_resident", read_resident<decltype(number), kCell>,
+                       {(clusters < at_once ? clusters : at_once) * blocks}, Resident::kThreads,
+                       Resident::shared(s.rank), params, static_cast<int>(blocks));
+          return;
+        }
+      }
+      using Tile = RecurTile<kCell>;
+      launches.run("read_recur", read_recur<decltype(number), kCell>, {div_up(turn.tokens, int64_t{Tile::kRows})},
+                   kThreads, Tile::kShared, params);
     });
   });
   return launches.error;

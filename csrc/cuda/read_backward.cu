@@ -15,8 +15,8 @@ struct OuterSpace {
   int64_t width, splits;
   float *partial, *bias, *mean_sums = nullptr;
 
-  OuterSpace(const ReadProblem& p, const ReadSizes& s, int64_t width_, int64_t turn, const Machine& machine,
-             Scratch& scratch)
+  // `means`: what the rows' means add is taken off afterwards.
+  OuterSpace(const ReadSizes& s, int64_t width_, bool means, int64_t turn, const Machine& machine, Scratch& scratch)
       : width(width_) {
     // Enough blocks for every processor twice, but no split without work. Tiles are 128 by 128.
     const int64_t rows = s.gates * s.padded;
@@ -27,7 +27,7 @@ struct OuterSpace {
     if (splits < 1) splits = 1;
     partial = scratch.take<float>(splits * rows * width * 4);
     bias = scratch.take<float>(splits * rows * 4);
-    if (p.norm == Norm::layer && p.number != Number::f32) mean_sums = scratch.take<float>(splits * rows * 4);
+    if (means) mean_sums = scratch.take<float>(splits * rows * 4);
   }
 };
 
@@ -47,8 +47,8 @@ struct BackwardScratch {
         dgamma(scratch.take<float>(groups * s.width * 4)),
         dbeta(scratch.take<float>(groups * s.width * 4)),
         most(turn(p, b, s, machine)),
-        input(p, s, s.width, most, machine, scratch),
-        recurrent(p, s, s.rank, most, machine, scratch),
+        input(s, s.width, p.norm == Norm::layer && p.number != Number::f32, most, machine, scratch),
+        recurrent(s, s.rank, false, most, machine, scratch),
         da(scratch.take(s.layers * most * s.derivatives * s.padded * s.bytes)),
         carry_h(scratch.take<float>(most * s.rank * 4)),
         carry_c(scratch.take<float>(most * s.rank * 4)) {
@@ -104,7 +104,7 @@ class Backward {
     turn.first = first_, turn.tokens = tokens_;
     turn.pre = turn.gates = local_.gates, turn.pre_ld = 4 * s_.rank, turn.pre_stride = turn.pre_ld * tokens_;
     // Products of 16-bit numbers make the statistics anew; those of float are given what was saved.
-    turn.stats_stride = s_.tokens;
+    turn.stats_stride = s_.tokens, turn.stats_given = true;
     if (p_.number == Number::f32 && p_.norm != Norm::none)
       turn.rstd = const_cast<float*>(rstd()), turn.mean = const_cast<float*>(mean());
     turn.h = local_.h, turn.h_stride = s_.rank * tokens_, turn.h_period = 2, turn.c_last = local_.c_last;

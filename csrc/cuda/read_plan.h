@@ -81,6 +81,7 @@ struct ForwardTurn {
   void* pre;
   int64_t pre_stride, pre_ld;
   float *rstd, *mean;  // null where neither kept nor needed
+  bool stats_given;    // they are there already, and are only read
   int64_t stats_stride;
   void* h;
   int64_t h_stride, h_period;

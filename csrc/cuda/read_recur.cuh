@@ -21,8 +21,9 @@ struct RecurParams {
   bool h_aligned, h0_aligned, w_aligned;  // rows start at multiples of 16 bytes
 };
 
-// What a unit pair of one token needs beside the recurrent sums, and where its results go.
-template <class T, Cell C>
+// What a unit pair of one token needs beside the recurrent sums, and where its results go. Whole: the rank is even and
+// every pair lies in one aligned word.
+template <class T, Cell C, bool Whole = false>
 struct RecurCell {
   const RecurParams& p;
 
@@ -31,23 +32,31 @@ struct RecurCell {
   }
   PYEFF_DEVICE static T* at(void* base, int64_t offset) { return static_cast<T*>(base) + offset; }
 
-  // Units `unit` and the next of token n at layer l. `sum(gate, 0 or 1)` is R h. Returns the new states.
+  // The input's share for units `unit` and the next of token n at layer l; where they do not exist, 0.
+  PYEFF_DEVICE void inputs(int64_t l, int64_t n, int64_t unit, float (&x)[gates_of(C)][2]) const {
+    const int count = n < p.tokens ? count_at(unit) : 0;
+    const T* from = static_cast<const T*>(p.pre) + (count ? l * p.pre_stride + n * p.pre_ld + unit : 0);
+    PYEFF_UNROLL
+    for (int g = 0; g < gates_of(C); ++g) load_two(x[g], from + (count ? g * p.rank : 0), count, pairs());
+  }
+
+  // Their new states. `sum(gate, 0 or 1)` is R h.
   template <class Sum>
-  PYEFF_DEVICE void operator()(int64_t l, int64_t n, int64_t unit, const Sum& sum, float (&h)[2]) const {
+  PYEFF_DEVICE void step(int64_t l, int64_t n, int64_t unit, const float (&x)[gates_of(C)][2], const Sum& sum,
+                         float (&h)[2]) const {
     constexpr int kGates = gates_of(C);
     h[0] = h[1] = 0.0f;
-    if (n >= p.tokens || unit >= p.rank) return;
-    const int count = unit + 1 < p.rank ? 2 : 1;
+    if (n >= p.tokens || (!Whole && unit >= p.rank)) return;
+    const int count = count_at(unit);
     const int64_t row = l * p.pre_stride + n * p.pre_ld + unit, state = n * p.rank + unit;
-    float x[kGates][2], b[kGates][2] = {}, h_previous[2] = {}, c_previous[2] = {};
+    float b[kGates][2] = {}, h_previous[2] = {}, c_previous[2] = {};
     PYEFF_UNROLL
     for (int g = 0; g < kGates; ++g) {
-      load_two(x[g], static_cast<const T*>(p.pre) + row + g * p.rank, count, p.pairs);
-      if (p.b_hh) load_two(b[g], static_cast<const T*>(p.b_hh) + g * p.rank + unit, count, p.pairs);
+      if (p.b_hh) load_two(b[g], static_cast<const T*>(p.b_hh) + g * p.rank + unit, count, pairs());
     }
-    if (C == Cell::gru && (l > 0 || p.h0)) load_two(h_previous, previous_h(l) + state, count, p.pairs);
-    if (C == Cell::lstm && l > 0) load_two(c_previous, at(p.c_last, state), count, p.pairs);
-    if (C == Cell::lstm && l == 0 && p.c0) load_two(c_previous, static_cast<const T*>(p.c0) + state, count, p.pairs);
+    if (C == Cell::gru && (l > 0 || p.h0)) load_two(h_previous, previous_h(l) + state, count, pairs());
+    if (C == Cell::lstm && l > 0) load_two(c_previous, at(p.c_last, state), count, pairs());
+    if (C == Cell::lstm && l == 0 && p.c0) load_two(c_previous, static_cast<const T*>(p.c0) + state, count, pairs());
     float saved[4][2] = {}, c[2] = {};
     PYEFF_UNROLL
     for (int e = 0; e < 2; ++e) {
@@ -62,21 +71,24 @@ struct RecurCell {
         for (int g = 0; g < 4; ++g) saved[g][e] = step.saved[g];
       }
     }
-    store_two(at(p.h, l % p.h_period * p.h_stride + state), h[0], h[1], count, p.pairs);
+    store_two(at(p.h, l % p.h_period * p.h_stride + state), h[0], h[1], count, pairs());
     if constexpr (C == Cell::lstm) {
-      store_two(at(p.c_last, state), c[0], c[1], count, p.pairs);
-      if (p.c) store_two(at(p.c, l * p.c_stride + state), c[0], c[1], count, p.pairs);
+      store_two(at(p.c_last, state), c[0], c[1], count, pairs());
+      if (p.c) store_two(at(p.c, l * p.c_stride + state), c[0], c[1], count, pairs());
     }
     if constexpr (C != Cell::rnn) {
       if (p.gates) {
         PYEFF_UNROLL
-        for (int g = 0; g < 4; ++g) store_two(at(p.gates, row + g * p.rank), saved[g][0], saved[g][1], count, p.pairs);
+        for (int g = 0; g < 4; ++g) store_two(at(p.gates, row + g * p.rank), saved[g][0], saved[g][1], count, pairs());
       }
     }
     reduce(l, state, h, count);
   }
 
  private:
+  PYEFF_DEVICE int count_at(int64_t unit) const { return Whole || unit + 1 < p.rank ? 2 : unit < p.rank ? 1 : 0; }
+  PYEFF_DEVICE bool pairs() const { return Whole || p.pairs; }
+
   // The mean is of the states in full precision. Each sum is read and written by one thread alone.
   PYEFF_DEVICE void reduce(int64_t l, int64_t state, const float (&h)[2], int count) const {
     if (!p.out) return;
@@ -90,7 +102,7 @@ struct RecurCell {
         total[e] /= static_cast<float>(p.layers);
       }
     }
-    if (l + 1 == p.layers) store_two(at(p.out, state), total[0], total[1], count, p.pairs);
+    if (l + 1 == p.layers) store_two(at(p.out, state), total[0], total[1], count, pairs());
   }
 };
 
@@ -140,10 +152,11 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_recur(const PYEFF_GRID_C
       for (int i = 0; i < 2; ++i) {
         PYEFF_UNROLL
         for (int j = 0; j < 4; ++j) {
-          float h[2];
-          cell(
-              l, row0 + m + i * 8 + lane() / 4, int64_t{chunk} * Tile::kUnits + n + j * 8 + 2 * (lane() % 4),
-              [&](int gate, int e) { return sums[0][gate * 4 + j][i * 2 + e]; }, h);
+          const int64_t row = row0 + m + i * 8 + lane() / 4;
+          const int64_t unit = int64_t{chunk} * Tile::kUnits + n + j * 8 + 2 * (lane() % 4);
+          float x[gates_of(C)][2], h[2];
+          cell.inputs(l, row, unit, x);
+          cell.step(l, row, unit, x, [&](int gate, int e) { return sums[0][gate * 4 + j][i * 2 + e]; }, h);
         }
       }
       clear(sums);

@@ -10,7 +10,7 @@ using pyeff::gpu::emulate::Buffers;
 
 namespace {
 
-constexpr int kThreads = 128, kSteps = 6;
+constexpr int kThreads = 128;
 
 // Memory for one run: input, and output full of NaN.
 struct Memory {

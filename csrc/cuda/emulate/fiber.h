@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if !(defined(__x86_64__) && defined(__ELF__))
 #include <ucontext.h>
 #endif
 
@@ -35,12 +35,12 @@ class Fiber {
   char* stack_ = nullptr;
   void (*body_)(void*) = nullptr;
   void* argument_ = nullptr;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__ELF__)
   void* at_ = nullptr;
 #else
   ucontext_t at_;
 #endif
-  void* tsan_ = nullptr;
+  [[maybe_unused]] void* tsan_ = nullptr;
   void* fake_stack_ = nullptr;
   const void* bottom_ = nullptr;
   size_t size_ = 0;

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <tuple>
 
 namespace pyeff::gpu::emulate {
@@ -12,9 +13,9 @@ PYEFF_THREAD_LOCAL Machine* machine_in_use = nullptr;
 __thread int unseen_now = 0;
 
 Machine& own_machine() {
-  static thread_local Machine own;
-  machine_in_use = &own;
-  return own;
+  static thread_local const std::unique_ptr<Machine> own = std::make_unique<Machine>();
+  machine_in_use = own.get();
+  return *own;
 }
 
 const char* name_of(Wait wait) {

@@ -3,6 +3,7 @@
 // no order that the hardware would promise.
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "cuda/emulate/machine.h"
 #include "cuda/number.cuh"
@@ -161,8 +162,9 @@ void run_product(const Pending& pending, const Block& block) {
   for_each_piece(p, [&](bool, int, int, uint32_t at) { was_read(block.shared + (at - kSharedBegins), 16); });
   const Unseen unseen;
   float a[64 * 16];
-  // Thread-local memory is scarce for a library that is loaded late, and so is a fiber's stack.
-  std::vector<float> b(16 * 256);
+  // On the heap: a library that is loaded late has little room for what belongs to a thread.
+  static thread_local std::vector<float> room(16 * 256);
+  float* const b = room.data();
   for_each_piece(p, [&](bool is_a, int y, int x, uint32_t at) {
     const char* from = block.shared + (at - kSharedBegins);
     for (int i = 0; i < 8; ++i) {
@@ -177,7 +179,7 @@ void run_product(const Pending& pending, const Block& block) {
   });
   if (!p.accumulate)
     for (int i = 0; i < 64 * p.n; ++i) pending.sums->value[i] = 0;
-  multiply(a, b.data(), pending.sums->value, 64, p.n, p.n);
+  multiply(a, b, pending.sums->value, 64, p.n, p.n);
 }
 
 // "Register fragments for wgmma.mma_async.m64nNk16", d: where register i of a thread of the warpgroup lies in the tile.
