@@ -20,7 +20,7 @@ CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.c
 # Some kernels place memory so randomly that ThreadSanitizer cannot map its shadow; without randomness it can.
 FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-.PHONY: all install demo test pytest emulate gpu sanitize cross lint format wheel bench clean distclean
+.PHONY: all install demo test pytest emulate gpu resources sanitize cross lint format wheel bench clean distclean
 .DELETE_ON_ERROR:
 
 all: install
@@ -49,10 +49,16 @@ demo: install
 bench: install
 	$(BIN)/pyeff bench $(ARGS)
 
-# The native tests first: what they find is the cause of what pytest would find. pytest's summary is the last line.
-test: sanitize cross
+# The native tests first: what they find is the cause of what pytest would find. The GPU kernels' resources are printed
+# and kept in build/resources. pytest's summary is the last line.
+test: sanitize cross resources
 	$(MAKE) --no-print-directory emulate
 	$(MAKE) --no-print-directory pytest
+
+# Every GPU kernel compiled for every architecture, what it takes, and the gates; needs no GPU. ARGS=--write lists anew
+# what is excluded.
+resources: install
+	$(BIN)/python scripts/gpu_resources.py $(ARGS)
 
 pytest: install
 	PYEFF_TEST_REQUIRE=cpu,dev $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
