@@ -59,6 +59,8 @@
 //   void store_cluster16(void*, Vec16)
 //   One cluster_barrier must come before the first such access (the other block may not have begun) and one after the
 //   last (it may have ended).
+// Registers: int64_t opaque(int64_t v)   v, in a way that what is computed from it is not moved out of a loop, where it
+//   would take registers all the time
 // Numbers: float exp_approx(float), float rsqrt(float): within 2 units in the last place near 0, and 2 of rsqrt
 // Launch, on the host
 //   struct Launch; const char* launch(kernel, const Launch&, const Params&): null, or why it failed

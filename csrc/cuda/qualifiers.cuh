@@ -9,6 +9,7 @@
 #define PYEFF_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define PYEFF_GRID_CONSTANT __grid_constant__
 #define PYEFF_UNROLL _Pragma("unroll")
+#define PYEFF_NO_UNROLL _Pragma("unroll 1")
 
 #else
 
@@ -18,5 +19,6 @@
 #define PYEFF_LAUNCH_BOUNDS(threads, blocks)
 #define PYEFF_GRID_CONSTANT
 #define PYEFF_UNROLL
+#define PYEFF_NO_UNROLL
 
 #endif

@@ -28,7 +28,9 @@ struct ThreadView {
   BlockView* block;
   int index;
 };
-extern thread_local ThreadView* running;
+// Plain thread-local pointers in the library's own block: no call, no guard.
+#define PYEFF_THREAD_LOCAL __thread __attribute__((tls_model("initial-exec")))
+extern PYEFF_THREAD_LOCAL ThreadView* running;
 
 // The global memory that the launches of this OS thread may touch, as long as the object lives. Where none is alive,
 // global accesses are not checked. Objects end in the reverse order of their beginning.

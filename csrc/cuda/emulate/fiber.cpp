@@ -18,7 +18,7 @@ thread_local Fiber* entered = nullptr;
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__ELF__)
 // The registers that a call leaves alone go on the stack of the fiber that is left, whose place goes to *from.
 extern "C" void pyeff_fiber_change(void** from, void* to);
 asm(R"(
@@ -61,7 +61,7 @@ bool Fiber::prepare(void (*body)(void*), void* argument) {
   bottom_ = stack_;
   size_ = kStack;
   fake_stack_ = nullptr;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__ELF__)
   // As pyeff_fiber_change leaves it: six registers, then where to return to. enter() finds the stack as after a call.
   void** top = reinterpret_cast<void**>(stack_ + kStack) - 1;
   *top = nullptr;
@@ -80,6 +80,14 @@ bool Fiber::prepare(void (*body)(void*), void* argument) {
   tsan_ = __tsan_create_fiber(0);
 #endif
   return true;
+}
+
+void Fiber::order([[maybe_unused]] Fiber& here, [[maybe_unused]] void* sync) {
+#ifdef PYEFF_TSAN
+  __tsan_switch_to_fiber(tsan_, 1);
+  release(sync);
+  __tsan_switch_to_fiber(here.tsan_, 1);
+#endif
 }
 
 void Fiber::adopt() {
@@ -106,7 +114,7 @@ void Fiber::change_to(Fiber& other) {
 #ifdef PYEFF_TSAN
   __tsan_switch_to_fiber(other.tsan_, 1);  // 1: the change itself orders nothing
 #endif
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__ELF__)
   pyeff_fiber_change(&at_, other.at_);
 #else
   swapcontext(&at_, &other.at_);

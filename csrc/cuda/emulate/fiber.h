@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if !(defined(__x86_64__) && defined(__ELF__))
 #include <ucontext.h>
 #endif
 
@@ -21,6 +21,8 @@ class Fiber {
   // Makes it stand before body(argument), which never returns. May be called again, wherever the fiber is; its stack is
   // kept. False if there is no memory.
   bool prepare(void (*body)(void*), void* argument);
+  // For ThreadSanitizer: what this fiber did comes before what is done after acquire(sync). Called from `here`.
+  void order(Fiber& here, void* sync);
   // Makes this object the OS thread that calls.
   void adopt();
   // From this fiber, which must be the one that runs, to another one.
@@ -33,12 +35,12 @@ class Fiber {
   char* stack_ = nullptr;
   void (*body_)(void*) = nullptr;
   void* argument_ = nullptr;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__ELF__)
   void* at_ = nullptr;
 #else
   ucontext_t at_;
 #endif
-  void* tsan_ = nullptr;
+  [[maybe_unused]] void* tsan_ = nullptr;
   void* fake_stack_ = nullptr;
   const void* bottom_ = nullptr;
   size_t size_ = 0;

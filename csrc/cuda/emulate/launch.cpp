@@ -17,8 +17,8 @@ constexpr size_t kRedzone = 4096;
 size_t window_bytes() { return 2 * kRedzone + (static_cast<size_t>(limits().shared_bytes) + 4095) / 4096 * 4096; }
 
 const char* complain(const std::string& name, const std::string& what) {
-  machine.report = "kernel " + name + ": " + what;
-  return machine.report.c_str();
+  machine().report = "kernel " + name + ": " + what;
+  return machine().report.c_str();
 }
 
 std::string name_of(const Launch& how, const char* caller) {
@@ -51,7 +51,7 @@ std::string refusal(const Launch& how) {
 
 // Memory for the blocks and fibers for the threads, as many as were never needed before.
 bool provide(const Launch& how) {
-  Machine& m = machine;
+  Machine& m = machine();
   m.cluster = how.cluster;
   m.live = how.cluster * how.threads;
   while (m.blocks.size() < static_cast<size_t>(how.cluster)) m.blocks.emplace_back(new Block());
@@ -122,7 +122,7 @@ void begin(Thread& t, Block& block, int index) {
 
 // Runs the cluster whose first block has this index; what went wrong, or nothing.
 std::string run_cluster(const Launch& how, int64_t number, uint64_t seed) {
-  Machine& m = machine;
+  Machine& m = machine();
   const int across = how.grid_x / how.cluster;
   const int at[3] = {static_cast<int>(number % across) * how.cluster, static_cast<int>(number / across % how.grid_y),
                      static_cast<int>(number / across / how.grid_y)};
@@ -152,9 +152,9 @@ std::string run_cluster(const Launch& how, int64_t number, uint64_t seed) {
   running = first;
   m.host.change_to(first->fiber);
   running = nullptr;
-  acquire(&m.finished);
   std::string what;
   if (m.complaint[0] != '\0') {
+    acquire(&m.finished);
     what = m.complaint;
   } else if (m.ended != m.live) {
     what = describe_waiting();
@@ -171,9 +171,13 @@ std::string run_cluster(const Launch& how, int64_t number, uint64_t seed) {
   // Who did not come to the end begins anew.
   for (int i = 0; i < m.live; ++i) {
     Thread& t = *m.threads[static_cast<size_t>(i)];
-    if (t.wait != Wait::ended) t.fiber.prepare(live, &t);
+    if (t.wait != Wait::ended) {
+      t.fiber.order(m.host, &m.finished);
+      t.fiber.prepare(live, &t);
+    }
     t.wait = Wait::ended;
   }
+  acquire(&m.finished);
   return what;
 }
 
@@ -196,7 +200,7 @@ Limits& limits() {
 }
 
 const char* launch(const Launch& how, const char* caller, void (*run)(const void*), const void* call) {
-  Machine& m = machine;
+  Machine& m = own_machine();
   const std::string name = name_of(how, caller);
   if (running != nullptr) return complain(name, "launched by a kernel");
   const std::string why = refusal(how);
@@ -214,9 +218,14 @@ const char* launch(const Launch& how, const char* caller, void (*run)(const void
   int64_t number = static_cast<int64_t>(draw(state) % static_cast<uint64_t>(clusters));
   for (int64_t i = 0; i < clusters; ++i) {
     const std::string what = run_cluster(how, number, seed);
-    if (!what.empty()) return complain(name, what + " [PYEFF_EMULATE_SEED=" + std::to_string(seed) + "]");
+    if (!what.empty()) {
+      acquire(&m.finished);
+      return complain(name, what + " [PYEFF_EMULATE_SEED=" + std::to_string(seed) + "]");
+    }
     number = (number + stride) % clusters;
   }
+  // Not after each cluster: the blocks of a grid are not ordered, and their collisions are to be seen.
+  acquire(&m.finished);
   return nullptr;
 }
 

@@ -3,12 +3,20 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <tuple>
 
 namespace pyeff::gpu::emulate {
 
-thread_local ThreadView* running = nullptr;
-thread_local Machine machine;
+PYEFF_THREAD_LOCAL ThreadView* running = nullptr;
+PYEFF_THREAD_LOCAL Machine* machine_in_use = nullptr;
+__thread int unseen_now = 0;
+
+Machine& own_machine() {
+  static thread_local const std::unique_ptr<Machine> own = std::make_unique<Machine>();
+  machine_in_use = own.get();
+  return *own;
+}
 
 const char* name_of(Wait wait) {
   switch (wait) {
@@ -45,7 +53,7 @@ std::string place(Site site) { return std::string(site.file) + ":" + std::to_str
 bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 void give_way() {
-  Machine& m = machine;
+  Machine& m = machine();
   Thread& from = self();
   if (m.ready_count == 0) {
     from.fiber.change_to(m.host);
@@ -61,7 +69,7 @@ void give_way() {
 }
 
 void trap(Site site, const char* format, ...) {
-  Machine& m = machine;
+  Machine& m = machine();
   const Thread& t = self();
   int used = std::snprintf(
       m.complaint, sizeof m.complaint, "block (%d, %d, %d), thread %d (warp %d, lane %d), %s:%d: ", t.block->index[0],
@@ -71,13 +79,14 @@ void trap(Site site, const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(m.complaint + used, sizeof m.complaint - static_cast<size_t>(used), format, arguments);
   va_end(arguments);
+  Unseen::end_all();
   release(&m.finished);
   self().fiber.change_to(m.host);
   __builtin_unreachable();
 }
 
 void live(void* thread) {
-  Machine& m = machine;
+  Machine& m = machine();
   Thread& t = *static_cast<Thread*>(thread);
   for (;;) {
     acquire(&m.begun);
@@ -110,7 +119,7 @@ bool arrive(Meeting& meeting, int wanted, Wait kind, Site site, bool same_site) 
 }
 
 void release_all(Meeting& meeting, Thread* const* first, int count) {
-  Machine& m = machine;
+  Machine& m = machine();
   for (int i = 0; i < count; ++i) {
     Thread* t = first[i];
     if (t->at != &meeting) continue;
@@ -142,7 +151,7 @@ std::string list(const std::vector<int>& numbers) {
 }  // namespace
 
 std::string describe_waiting() {
-  Machine& m = machine;
+  Machine& m = machine();
   std::string text = "divergence, no thread can go on:";
   for (int b = 0; b < m.cluster; ++b) {
     const Block& block = *m.blocks[static_cast<size_t>(b)];
@@ -202,7 +211,7 @@ void warp_barrier(Site site) {
 }
 
 void cluster_barrier(Site site) {
-  Machine& m = machine;
+  Machine& m = machine();
   Meeting& meeting = m.cluster_meeting;
   char* order = &meeting.order[meeting.phase & 1];
   release(order);

@@ -154,7 +154,10 @@ struct Machine {
   bool busy = false;
 };
 
-extern thread_local Machine machine;
+extern PYEFF_THREAD_LOCAL Machine* machine_in_use;
+// The machine of this OS thread; inside a launch or the life of a Buffers it is known.
+Machine& own_machine();
+inline Machine& machine() { return *machine_in_use; }
 
 inline Thread& self() { return *static_cast<Thread*>(running); }
 inline uint64_t draw(uint64_t& state) {
@@ -189,7 +192,10 @@ void meet(Meeting& meeting, Thread* const* members, int count, int wanted, Wait 
   char* order = &meeting.order[meeting.phase & 1];
   if (orders) release(order);
   if (arrive(meeting, wanted, kind, site, same_site)) {
-    action();
+    {
+      const Unseen unseen;
+      action();
+    }
     release_all(meeting, members, count);
   } else {
     give_way();

@@ -3,6 +3,7 @@
 // no order that the hardware would promise.
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "cuda/emulate/machine.h"
 #include "cuda/number.cuh"
@@ -133,7 +134,7 @@ void for_each_piece(const Product& p, F&& body) {
 }
 
 void check_product(const Product& p, const Block& block, Thread* const* group, Site site) {
-  Machine& m = machine;
+  Machine& m = machine();
   for (uint64_t bits : {p.a, p.b}) {
     if (bits >> 62 != 1) trap(site, "a descriptor of swizzle mode %d, not 1 (128 bytes)", static_cast<int>(bits >> 62));
     if (bits >> 49 & 7) trap(site, "a descriptor with a base offset");
@@ -158,11 +159,14 @@ void check_product(const Product& p, const Block& block, Thread* const* group, S
 
 void run_product(const Pending& pending, const Block& block) {
   const Product& p = pending.product;
+  for_each_piece(p, [&](bool, int, int, uint32_t at) { was_read(block.shared + (at - kSharedBegins), 16); });
+  const Unseen unseen;
   float a[64 * 16];
-  static thread_local float b[16 * 256];
+  // On the heap: a library that is loaded late has little room for what belongs to a thread.
+  static thread_local std::vector<float> room(16 * 256);
+  float* const b = room.data();
   for_each_piece(p, [&](bool is_a, int y, int x, uint32_t at) {
     const char* from = block.shared + (at - kSharedBegins);
-    was_read(from, 16);
     for (int i = 0; i < 8; ++i) {
       const float value = widen(half_at(from + 2 * i), p.is_bf16);
       if (is_a)

@@ -10,7 +10,7 @@ namespace {
 constexpr unsigned char kPoison = 0xff;
 
 const Range* range_of(uintptr_t at, int bytes) {
-  Machine& m = machine;
+  Machine& m = machine();
   const Range* ranges = m.ranges.data();
   const size_t count = m.ranges.size();
   const uintptr_t size = static_cast<uintptr_t>(bytes);
@@ -30,7 +30,7 @@ const Range* range_of(uintptr_t at, int bytes) {
   const Range* nearest = nullptr;
   uintptr_t distance = 0;
   bool after = false;
-  for (const Range& r : machine.ranges) {
+  for (const Range& r : machine().ranges) {
     const uintptr_t end = r.begin + r.size;
     const bool above = at + static_cast<uintptr_t>(bytes) > end;
     const uintptr_t gap = above ? (at >= end ? at - end : 0) : (r.begin > at ? r.begin - at : 0);
@@ -55,7 +55,7 @@ void check_alignment(const void* p, int bytes, Site site) {
 
 void stamp(Block& block, const void* p, int writer) {
   const size_t piece = static_cast<size_t>(static_cast<const char*>(p) - block.shared) / 16;
-  block.stamps.data()[piece] = {machine.tick, static_cast<uint32_t>(writer)};
+  block.stamps.data()[piece] = {machine().tick, static_cast<uint32_t>(writer)};
 }
 
 [[noreturn]] void outside_shared(const void* p, int bytes, bool write, const Block& block, Site site) {
@@ -78,24 +78,24 @@ void fill16(char* to, unsigned char byte) {
 
 }  // namespace
 
-Buffers::Buffers() : before_(static_cast<int>(machine.ranges.size())) {}
-Buffers::~Buffers() { machine.ranges.resize(static_cast<size_t>(before_)); }
+Buffers::Buffers() : before_(static_cast<int>(own_machine().ranges.size())) {}
+Buffers::~Buffers() { machine().ranges.resize(static_cast<size_t>(before_)); }
 void Buffers::reads(const void* data, size_t bytes, const char* name) {
-  if (bytes != 0) machine.ranges.push_back({reinterpret_cast<uintptr_t>(data), bytes, false, name});
+  if (bytes != 0) machine().ranges.push_back({reinterpret_cast<uintptr_t>(data), bytes, false, name});
 }
 void Buffers::writes(void* data, size_t bytes, const char* name) {
-  if (bytes != 0) machine.ranges.push_back({reinterpret_cast<uintptr_t>(data), bytes, true, name});
+  if (bytes != 0) machine().ranges.push_back({reinterpret_cast<uintptr_t>(data), bytes, true, name});
 }
 
 void check_global(const void* p, int bytes, bool write, Site site) {
   check_alignment(p, bytes, site);
-  if (machine.ranges.empty()) return;
+  if (machine().ranges.empty()) return;
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   const Range* range = range_of(at, bytes);
   if (range == nullptr) outside(at, bytes, write, site);
   if (write && !range->writable) {
     // The same memory may be registered once more, for writing.
-    for (const Range& r : machine.ranges)
+    for (const Range& r : machine().ranges)
       if (r.writable && at - r.begin <= r.size - static_cast<uintptr_t>(bytes) &&
           r.size >= static_cast<uintptr_t>(bytes))
         return;
@@ -112,7 +112,7 @@ void check_shared(const void* p, int bytes, bool write, Site site) {
 }
 
 void* cluster_map(void* shared, int rank, Site site) {
-  Machine& m = machine;
+  Machine& m = machine();
   const Block& block = self().of();
   if (rank < 0 || rank >= m.cluster) trap(site, "cluster_map to block %d of a cluster of %d", rank, m.cluster);
   // One past the end may be named.
@@ -121,7 +121,7 @@ void* cluster_map(void* shared, int rank, Site site) {
 }
 
 void check_cluster(const void* p, int bytes, bool write, Site site) {
-  Machine& m = machine;
+  Machine& m = machine();
   Thread& t = self();
   for (int i = 0; i < m.cluster; ++i) {
     Block& block = *m.blocks.data()[i];
@@ -178,6 +178,6 @@ void finish_copies(unsigned target) {
   }
 }
 
-void async_proxy_fence() { self().fenced_at = ++machine.tick; }
+void async_proxy_fence() { self().fenced_at = ++machine().tick; }
 
 }  // namespace pyeff::gpu::emulate

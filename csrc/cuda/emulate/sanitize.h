@@ -15,6 +15,10 @@ void __tsan_acquire(void* address);
 void __tsan_release(void* address);
 void __tsan_read_range(void* address, unsigned long size);
 void __tsan_write_range(void* address, unsigned long size);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
 
@@ -24,6 +28,34 @@ void __tsan_write_range(void* address, unsigned long size);
 #endif
 
 namespace pyeff::gpu::emulate {
+
+// How many Unseen there are; a fiber that traps leaves them behind.
+extern __thread int unseen_now;
+
+// As long as it lives, this fiber's calls of the C library are not looked at either.
+struct Unseen {
+#ifdef PYEFF_TSAN
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    ++unseen_now;
+  }
+  ~Unseen() { end(); }
+  static void end() {
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    --unseen_now;
+  }
+  static void end_all() {
+    while (unseen_now > 0) end();
+  }
+#else
+  static void end_all() {}
+  Unseen() {}
+#endif
+  Unseen(const Unseen&) = delete;
+  Unseen& operator=(const Unseen&) = delete;
+};
 
 inline void acquire([[maybe_unused]] void* sync) {
 #ifdef PYEFF_TSAN

@@ -1,0 +1,150 @@
+"""Tile sizes of the Triton kernels, by architecture and by the width of a number.
+
+A kernel has one configuration for each class of size, from the largest tiles to the smallest; ``choose`` takes the
+first that gives every multiprocessor a program, or the last. There is no autotuner: nothing is timed at import or in a
+call, a call's result does not depend on what ran before it, and the number of tokens is part of no key. Each of them is
+compiled ahead of time for its architectures and held to gates: no spills, shared memory within the limit, and matrix
+instructions where 16-bit operands are multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+ARCHITECTURES = (80, 90, 100, 120)
+# What stands for an architecture where Triton's interpreter runs: tiles as small as its products allow.
+INTERPRETER = 0
+
+
+class Config(NamedTuple):
+    """How one kernel is compiled: its blocks by the names of its parameters, warps, and stages of its pipelines."""
+
+    name: str
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+
+def _tile(name: str, n: int, m: int, k: int, num_warps: int, num_stages: int, columns: str = "BLOCK_M") -> Config:
+    return Config(name, {"BLOCK_N": n, columns: m, "BLOCK_K": k}, num_warps, num_stages)
+
+
+def _units(name: str, n: int, u: int, k: int, num_warps: int, num_stages: int) -> Config:
+    return _tile(name, n, u, k, num_warps, num_stages, "BLOCK_U")
+
+
+def _outer(name: str, m: int, n: int, k: int, num_warps: int, num_stages: int) -> Config:
+    return Config(name, {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps, num_stages)
+
+
+# 16-bit operands. Stages are what shared memory holds: 163 KB (80), 227 KB (90, 100), 99 KB (120) a block.
+_HALF: dict[str, dict[int, tuple[Config, ...]]] = {
+    "project": {
+        80: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
+        90: (_tile("large", 128, 256, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
+        100: (_tile("large", 128, 256, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
+        120: (_tile("large", 128, 128, 32, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
+    },
+    "recur": {
+        80: (_units("large", 64, 64, 64, 8, 3), _units("small", 16, 64, 64, 4, 3)),
+        90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 64, 4, 3), _units("small", 16, 64, 64, 4, 3)),
+        100: (
+            _units("large", 128, 64, 64, 8, 3),
+            _units("medium", 64, 64, 64, 4, 3),
+            _units("small", 16, 64, 64, 4, 3),
+        ),
+        120: (_units("large", 64, 64, 64, 8, 2), _units("small", 16, 64, 64, 4, 2)),
+    },
+    "fused": {
+        80: (_units("large", 128, 128, 64, 8, 3),),
+        90: (_units("large", 128, 256, 64, 8, 3),),
+        100: (_units("large", 128, 256, 64, 8, 3),),
+        120: (_units("large", 128, 128, 32, 8, 3),),
+    },
+    "reverse": {
+        80: (_units("large", 64, 64, 64, 8, 3), _units("small", 16, 64, 64, 4, 3)),
+        90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 64, 4, 3), _units("small", 16, 64, 64, 4, 3)),
+        100: (
+            _units("large", 128, 64, 64, 8, 3),
+            _units("medium", 64, 64, 64, 4, 3),
+            _units("small", 16, 64, 64, 4, 3),
+        ),
+        120: (_units("large", 64, 64, 64, 8, 3), _units("small", 16, 64, 64, 4, 3)),
+    },
+    "outer": {
+        80: (_outer("large", 128, 128, 32, 8, 3),),
+        90: (_outer("large", 128, 128, 64, 8, 3),),
+        100: (_outer("large", 128, 128, 64, 8, 3),),
+        120: (_outer("large", 128, 128, 32, 8, 3),),
+    },
+    "layer_gradient": {
+        80: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
+        90: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
+        100: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
+        120: (_tile("large", 128, 64, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
+    },
+}
+
+# float32 is multiplied as such, by fused multiply-adds: accumulators are the limit, the same everywhere.
+_FLOAT: dict[str, tuple[Config, ...]] = {
+    "project": (_tile("float", 64, 64, 16, 8, 2),),
+    "recur": (_units("float", 32, 32, 16, 4, 2), _units("float-small", 16, 32, 16, 4, 2)),
+    "fused": (_units("float", 32, 64, 16, 4, 2),),
+    "reverse": (_units("float", 32, 64, 16, 4, 2), _units("float-small", 16, 32, 16, 4, 2)),
+    "outer": (_outer("float", 64, 64, 16, 8, 2),),
+    "layer_gradient": (_tile("float", 32, 64, 16, 4, 2),),
+}
+
+# Small kernels between the products; the dtype hardly matters.
+_SMALL: dict[str, Config] = {
+    "fold": Config("rows", {"BLOCK_ROWS": 4, "BLOCK_WIDTH": 256}, 4, 1),
+    "describe": Config("table", {}, 1, 1),
+    "reduce_weight": Config("tile", {"BLOCK_M": 16, "BLOCK_N": 64}, 4, 1),
+    "reduce_norm": Config("columns", {"BLOCK_M": 16, "BLOCK_N": 64}, 4, 1),
+    "reduce_bias": Config("columns", {"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1),
+}
+
+_INTERPRETED: dict[str, tuple[Config, ...]] = {
+    "project": (_tile("interpreter", 16, 64, 32, 1, 1),),
+    "recur": (_units("interpreter", 16, 32, 32, 1, 1),),
+    "fused": (_units("interpreter", 16, 32, 32, 1, 1),),
+    "reverse": (_units("interpreter", 16, 32, 32, 1, 1),),
+    "outer": (_outer("interpreter", 64, 64, 16, 1, 1),),
+    "layer_gradient": (_tile("interpreter", 16, 64, 32, 1, 1),),
+}
+
+KERNELS = (*_HALF, *_SMALL)
+
+
+def configs(kernel: str, arch: int, itemsize: int) -> tuple[Config, ...]:
+    """The configurations of a kernel, from the largest tiles to the smallest.
+
+    Args:
+        kernel (str): one of ``KERNELS``.
+        arch (int): one of ``ARCHITECTURES``, or ``INTERPRETER``.
+        itemsize (int): bytes of a weight's number, 2 or 4.
+    """
+    if kernel in _SMALL:
+        return (_SMALL[kernel],)
+    if arch == INTERPRETER:
+        return _INTERPRETED[kernel]
+    return _FLOAT[kernel] if itemsize == 4 else _HALF[kernel][arch]
+
+
+def choose(
+    kernel: str, arch: int, itemsize: int, programs: Callable[[dict[str, int]], int] | None = None, wanted: int = 1
+) -> Config:
+    """The first configuration that has at least ``wanted`` programs, or the last; ``programs`` counts by blocks."""
+    found = configs(kernel, arch, itemsize)
+    if programs is not None:
+        for config in found:
+            if programs(config.blocks) >= wanted:
+                return config
+    return found[-1]
+
+
+def supported(major: int, minor: int) -> int:
+    """The architecture whose configurations serve a device of this capability: the largest that is not newer."""
+    capability = 10 * major + minor
+    return max((arch for arch in ARCHITECTURES if arch <= capability), default=ARCHITECTURES[0])
