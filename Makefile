@@ -1,5 +1,5 @@
 # `make demo` and `make test` each do everything from a fresh clone, with Python (3.10 or later), a C++ compiler, make.
-# PYTHON names the interpreter, ARGS goes to `pyeff demo` and `pyeff bench`, PYTEST_ARGS to pytest.
+# PYTHON names the interpreter, ARGS goes to `pyeff demo`, `pyeff bench` and the check on a GPU, PYTEST_ARGS to pytest.
 
 PYTHON ?= python3
 ARGS ?=
@@ -20,7 +20,7 @@ CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.c
 # Some kernels place memory so randomly that ThreadSanitizer cannot map its shadow; without randomness it can.
 FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-.PHONY: all install demo test pytest sanitize cross lint format wheel bench clean distclean
+.PHONY: all install demo test pytest emulate gpu resources sanitize cross lint format wheel bench clean distclean
 .DELETE_ON_ERROR:
 
 all: install
@@ -49,12 +49,28 @@ demo: install
 bench: install
 	$(BIN)/pyeff bench $(ARGS)
 
-# The native tests first: what they find is the cause of what pytest would find. pytest's summary is the last line.
-test: sanitize cross
+# The native tests first: what they find is the cause of what pytest would find. The GPU kernels' resources are printed
+# and kept in build/resources. pytest's summary is the last line.
+test: sanitize cross resources
+	$(MAKE) --no-print-directory emulate
 	$(MAKE) --no-print-directory pytest
+
+# Every GPU kernel compiled for every architecture, what it takes, and the gates; needs no GPU. ARGS=--write lists anew
+# what is excluded.
+resources: install
+	$(BIN)/python scripts/gpu_resources.py $(ARGS)
 
 pytest: install
 	PYEFF_TEST_REQUIRE=cpu,dev $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# The GPU's kernels on the CPU: Triton's interpreter, and CUDA C++ built by the host's compiler.
+emulate: install
+	PYEFF_EMULATE=1 PYEFF_TEST_REQUIRE=emulation,triton,cuda \
+	    $(BIN)/python -m pytest -n $(JOBS) -m emulated $(PYTEST_ARGS)
+
+# On a machine with a GPU, with what is installed there: no network, no virtual environment.
+gpu:
+	PYTHON=$(PYTHON) scripts/gpu_check.sh $(ARGS)
 
 sanitize: $(VENV)/.requirements
 	$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,16 +13,16 @@ from torch import Tensor
 from .registry import Unavailable
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], device: str = "cpu") -> Callable[..., Any]:
     """``torch.compile(fullgraph=True)`` of a private copy of ``function``.
 
     Dynamo keeps its graphs by code object and gives up after eight for one; a copy for each cell, dtype and mode keeps
     the benchmark from running into that and falling back to eager unseen.
 
     Raises:
-        Unavailable: there is no compiler that Inductor could use.
+        Unavailable: there is no compiler that Inductor could use for ``device``.
     """
-    reason = unavailable_reason()
+    reason = unavailable_reason(device)
     if reason:
         raise Unavailable(reason)
     if isinstance(function, types.FunctionType):
@@ -37,8 +38,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
 
 
-def unavailable_reason() -> str:
-    """Why Inductor cannot compile for the CPU here; an empty string where it can."""
+def unavailable_reason(device: str = "cpu") -> str:
+    """Why Inductor cannot compile for the device here; an empty string where it can."""
+    if device == "cuda":
+        return "" if importlib.util.find_spec("triton") else "torch.compile needs Triton for a GPU: it is not installed"
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
 

@@ -37,7 +37,7 @@ class Inputs:
 def fused(sets: Sequence[Inputs]) -> list[Call]:
     """The native op over ``csrc/cpu/gemm.h``."""
     reason = backends.load_library()
-    if not reason and sets[0].x.device.type != "cpu":
+    if sets[0].x.device.type != "cpu":
         reason = "the shared matrix kernel is for the CPU"
     if not reason and not hasattr(torch.ops.pyeff_cpu, "linear"):
         reason = "the compiled library has no linear"
@@ -61,12 +61,12 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled_linear(dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[..., Tensor]:
-    return compiled(_linear)
+def _compiled_linear(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Callable[..., Tensor]:
+    return compiled(_linear, device)
 
 
 def compiled_reference(sets: Sequence[Inputs]) -> list[Call]:
-    run = _compiled_linear(sets[0].x.dtype, (*sets[0].x.shape, sets[0].weight.shape[0]))
+    run = _compiled_linear(sets[0].x.dtype, (*sets[0].x.shape, sets[0].weight.shape[0]), sets[0].x.device.type)
     return [functools.partial(lambda s: (run(s.x, s.weight),), s) for s in sets]
 
 

@@ -42,8 +42,25 @@ def gpu() -> dict[str, object] | None:
         "name": p.name,
         "memory_bytes": p.total_memory,
         "capability": f"{p.major}.{p.minor}",
+        "multiprocessors": p.multi_processor_count,
+        "l2_bytes": p.L2_cache_size,
         "cuda": torch.version.cuda,
+        "driver": _driver(),
     }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (done.stdout.split() or [None])[0]
+
+
+def slug(gpu: dict[str, object] | None) -> str:
+    """The name of the file for the results of a GPU (what :func:`gpu` says of it), as ``"nvidia-h200"``; ``"cpu"``."""
+    return re.sub(r"[^a-z0-9]+", "-", str(gpu["name"]).lower()).strip("-") if gpu else "cpu"
 
 
 def versions() -> dict[str, str]:

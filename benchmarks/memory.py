@@ -179,8 +179,11 @@ def _peak_of_allocations(call: Callable[[], object]) -> int:
     return peak
 
 
-def available() -> float:
-    """Bytes of main memory that are free to use; infinity where the system does not say."""
+def available(device: str = "cpu") -> float:
+    """Bytes of memory that are free to use, the GPU's or the main memory's; infinity where the system does not say."""
+    if device == "cuda":
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return float(torch.cuda.mem_get_info()[0] + cached)
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -37,9 +37,7 @@ def save(run: Run, path: str | Path) -> None:
             ax.set_title(f"{name or first.op}, {first.dtype}, {first.mode}", fontsize=9)
         line[0].set_ylabel("time over floor")
         _gain(line[-1], groups)
-    figure.suptitle(
-        f"{run.machine['model']}, {run.machine['threads']} threads, torch {run.versions['torch']}", fontsize=10
-    )
+    figure.suptitle(f"{_machine(run)}, torch {run.versions['torch']}", fontsize=10)
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     ordered = [name for name in colors if name in handles]
     figure.legend(
@@ -51,6 +49,11 @@ def save(run: Run, path: str | Path) -> None:
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
+
+
+def _machine(run: Run) -> str:
+    gpu = run.machine.get("gpu")
+    return gpu["name"] if gpu else f"{run.machine['model']}, {run.machine['threads']} threads"
 
 
 def _by_group(rows: list[Row]) -> dict[str, list[Row]]:

@@ -26,7 +26,12 @@ from .registry import FORWARD, TRAINING, Case, Selection, register
 LAYERS, WIDTH, RANK, EPS = 12, 768, 256, 1e-6
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 TOKENS = {"quick": (16, 512), "default": (1, 16, 64, 512, 2048), "full": (1, 16, 64, 512, 2048, 32768)}
-GPU_TOKENS = {"quick": (1024,), "default": (64, 1024, 8192, 32768), "full": (1, 64, 1024, 8192, 32768)}
+GPU_TOKENS = {"quick": (64, 8192, 32768), "default": (64, 1024, 8192, 32768), "full": (1, 64, 1024, 8192, 32768)}
+DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = {
+    "quick": (torch.bfloat16, torch.float32), "default": (torch.bfloat16, torch.float32),
+    "full": (torch.bfloat16, torch.float16, torch.float32),
+}  # fmt: skip
 CELLS = {"quick": ("gru",), "default": ("rnn", "gru", "lstm"), "full": ("rnn", "gru", "lstm")}
 _ORACLE_TOKENS = 2048
 
@@ -50,11 +55,11 @@ def make(
     layers: int = LAYERS, width: int = WIDTH, rank: int = RANK,
 ) -> list[Inputs]:  # fmt: skip
     """``count`` sets with their own layer outputs; the weights stay in place, as they do in a model."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
     rows = GATES[cell] * rank
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=random) * scale).to(device, dtype)
+        return (torch.randn(*shape, generator=random, device=device) * scale).to(dtype)
 
     weights = [
         normal(rows, width, scale=width**-0.5),
@@ -143,7 +148,7 @@ def case(
         tensors=Inputs.tensors,
         oracle=oracle,
         contenders=read_rivals.contenders(
-            device, dtype, training, tokens * layers * width * 4.0, tokens * layers * rank * 4.0
+            device, dtype, cell, training, tokens * layers * width * 4.0, tokens * layers * rank * 4.0, rank
         ),
     )
 
@@ -152,8 +157,9 @@ def case(
 def cases(select: Selection) -> Iterator[Case]:
     """The cases of a selection: by mode, dtype and cell, then by tokens."""
     tokens = TOKENS if select.device == "cpu" else GPU_TOKENS
+    dtypes = DTYPES if select.device == "cpu" else GPU_DTYPES[select.size]
     for mode in (FORWARD, TRAINING):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes:
             for cell in CELLS[select.size]:
                 for n in tokens[select.size]:
                     yield case(n, cell, dtype, select.device, mode)

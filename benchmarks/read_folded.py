@@ -136,9 +136,9 @@ def backward(
 
 
 @functools.cache
-def compiled_pair(cell: str, dtype: torch.dtype, save: bool) -> tuple:
-    """Both directions, compiled once for a cell, dtype and mode."""
-    return compiled(forward), compiled(backward) if save else None
+def compiled_pair(cell: str, dtype: torch.dtype, save: bool, device: str = "cpu") -> tuple:
+    """Both directions, compiled once for a cell, dtype, mode and device."""
+    return compiled(forward, device), compiled(backward, device) if save else None
 
 
 class Folded(torch.autograd.Function):
@@ -146,7 +146,7 @@ class Folded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cell: str, eps: float, w_ih, w_hh, b_ih, b_hh, gamma, *phi) -> Tensor:  # type: ignore[override]
-        run, _ = compiled_pair(cell, w_ih.dtype, True)
+        run, _ = compiled_pair(cell, w_ih.dtype, True, w_ih.device.type)
         out, *kept = run(list(phi), w_ih, w_hh, b_ih, b_hh, gamma, cell, eps, True)
         ctx.cell = cell
         ctx.save_for_backward(w_ih, w_hh, gamma, *kept, *phi)
@@ -155,6 +155,6 @@ class Folded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:  # type: ignore[override]
         w_ih, w_hh, gamma, states, scales, cells, gates, *phi = ctx.saved_tensors
-        _, run = compiled_pair(ctx.cell, w_ih.dtype, True)
+        _, run = compiled_pair(ctx.cell, w_ih.dtype, True, w_ih.device.type)
         grads = run(grad, phi, w_ih, w_hh, gamma, states, scales, cells, gates, ctx.cell)
         return (None, None, *grads, *(None for _ in phi))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyeff import backends, ops, reference
+from pyeff.ops import _read_kernels as kernels
 
 from . import read_folded
 from .compiled import compiled, open_tokens
@@ -23,6 +24,7 @@ _COMPILED = "the definition, unrolled, under torch.compile"
 _FOLDED = "norm folded into the weights, unrolled, backward by hand, both under torch.compile"
 _ONEDNN = "norm folded, oneDNN products with prepacked weights, step under torch.compile"
 _TORCH_NN = "torch.nn.RNN/GRU/LSTM over the stacked, normalised states"
+_CUDNN = f"{_TORCH_NN} (cuDNN where it has the dtype)"
 _NAIVE = "all states concatenated and normalised in float32, then a loop over cells"
 
 
@@ -43,6 +45,30 @@ def _keywords(inputs: Inputs) -> dict:
     return {"norm_weight": inputs.weights[4], "cell": inputs.cell, "eps": inputs.eps}
 
 
+def fused_by(name: str, sets: Sequence[Inputs]) -> list[Call]:
+    """Our op by one of the GPU's backends."""
+    weight = sets[0].weights[0]
+    if reason := backends.refusal("read_recurrence", name, weight.device, weight.dtype):
+        raise Unavailable(reason)
+
+    def one(call: Call) -> Call:
+        def named() -> Sequence[Tensor]:
+            with backends.backend(name):
+                return call()
+
+        return named
+
+    return [one(call) for call in _ours(sets)]
+
+
+def _ours(sets: Sequence[Inputs], recompute: bool = False) -> list[Call]:
+    def one(s: Inputs) -> Call:
+        keywords = _keywords(s)
+        return with_grads(s, lambda: ops.read_recurrence(s.phi, *s.weights[:4], **keywords, recompute=recompute))
+
+    return [one(s) for s in sets]
+
+
 def fused(sets: Sequence[Inputs], recompute: bool = False) -> list[Call]:
     """Our op, by the backend that ``auto`` takes; absent where that is the reference."""
     weight = sets[0].weights[0]
@@ -52,12 +78,7 @@ def fused(sets: Sequence[Inputs], recompute: bool = False) -> list[Call]:
         raise Unavailable("; ".join(f"{name}: {reason}" for name, reason in zip(kernels, reasons, strict=True)))
     if backends.choose("read_recurrence", weight.device, weight.dtype) == "reference":
         raise Unavailable("the reference was chosen (PYEFF_BACKEND or pyeff.backend)")
-
-    def one(s: Inputs) -> Call:
-        keywords = _keywords(s)
-        return with_grads(s, lambda: ops.read_recurrence(s.phi, *s.weights[:4], **keywords, recompute=recompute))
-
-    return [one(s) for s in sets]
+    return _ours(sets, recompute)
 
 
 def eager(sets: Sequence[Inputs]) -> list[Call]:
@@ -73,12 +94,13 @@ def _definition(phi: list[Tensor], weights: list[Tensor], cell: str, eps: float)
 
 
 @functools.cache
-def _compiled_definition(cell: str, dtype: torch.dtype, training: bool) -> Callable[..., Tensor]:
-    return compiled(_definition)
+def _compiled_definition(cell: str, dtype: torch.dtype, training: bool, device: str) -> Callable[..., Tensor]:
+    return compiled(_definition, device)
 
 
 def compiled_reference(sets: Sequence[Inputs]) -> list[Call]:
-    run = _compiled_definition(sets[0].cell, sets[0].weights[0].dtype, sets[0].grad_out is not None)
+    weight = sets[0].weights[0]
+    run = _compiled_definition(sets[0].cell, weight.dtype, sets[0].grad_out is not None, weight.device.type)
 
     def one(s: Inputs) -> Call:
         open_tokens(s.phi)
@@ -89,7 +111,8 @@ def compiled_reference(sets: Sequence[Inputs]) -> list[Call]:
 
 def folded(sets: Sequence[Inputs]) -> list[Call]:
     cell, dtype, training = sets[0].cell, sets[0].weights[0].dtype, sets[0].grad_out is not None
-    run, _ = read_folded.compiled_pair(cell, dtype, training)  # raises Unavailable here, not in the first call
+    device = sets[0].weights[0].device.type
+    run, _ = read_folded.compiled_pair(cell, dtype, training, device)  # raises Unavailable here, not in the first call
 
     def one(s: Inputs) -> Call:
         open_tokens(s.phi)
@@ -154,6 +177,7 @@ def torch_nn(sets: Sequence[Inputs]) -> list[Call]:
         # The same memory, so that it counts as a parameter and not as something saved.
         parameter.data = value.detach()
         parameter.requires_grad_(value.requires_grad)
+    module.flatten_parameters()  # cuDNN wants them in one piece, and copies them in every call where they are not
 
     def one(s: Inputs) -> Call:
         def function() -> Tensor:
@@ -188,24 +212,50 @@ def naive(sets: Sequence[Inputs]) -> list[Call]:
     return [one(s) for s in sets]
 
 
-def contenders(device: str, dtype: torch.dtype, training: bool, wide: float, narrow: float) -> tuple[Contender, ...]:
+def gpu_order(dtype: torch.dtype, cell: str, rank: int) -> tuple[str, ...]:
+    """The GPU's backends, first the one that ``auto`` takes on this machine's device (or would, without a device)."""
+    order = tuple(name for name in backends.OPS["read_recurrence"] if backends.DEVICE.get(name) == "cuda")
+    if not torch.cuda.is_available():
+        return order
+    device = torch.device("cuda", torch.cuda.current_device())
+    order = kernels.prefer(device, dtype, cell, rank)
+    return tuple(sorted(order, key=lambda name: bool(backends.refusal("read_recurrence", name, device, dtype))))
+
+
+def contenders(
+    device: str, dtype: torch.dtype, cell: str, training: bool, wide: float, narrow: float, rank: int
+) -> tuple[Contender, ...]:
     """Everybody for a case. ``wide`` and ``narrow`` are the bytes of [L, N, d] and [L, N, r] in float32, for estimates.
 
-    The estimates are of the memory that a call takes, rounded up, of the cell that takes most (LSTM).
+    The estimates are of the memory that a call takes, rounded up, of the cell that takes most (LSTM). On a GPU ours is
+    there by each of its backends; the one that ``auto`` takes has the role ``"fused"``.
     """
     keep = 1.0 if training else 0.25
-    ours = [
-        Contender("fused", "pyeff.ops.read_recurrence", "fused", fused, 7 * narrow * keep),
+    if device == "cuda":
+        first, *rest = gpu_order(dtype, cell, rank)
+        ours = [
+            Contender(name, f"pyeff.ops.read_recurrence by its {name} kernels", role, partial, 7 * narrow * keep)
+            for role, names in (("fused", [first]), ("variant", rest))
+            for name in names
+            for partial in [functools.partial(fused_by, name)]
+        ]
+    else:
+        ours = [Contender("fused", "pyeff.ops.read_recurrence", "fused", fused, 7 * narrow * keep)]
+    if training:
+        again = functools.partial(fused, recompute=True)
+        about = "ours, gates computed again in the backward"
+        ours.append(Contender("recompute", about, "variant", again, 4 * narrow))
+    others = [
         Contender("eager", _EAGER, "reference", eager, (4 * wide + 16 * narrow) * keep),
         Contender("compiled", _COMPILED, "rival", compiled_reference, (3 * wide + 12 * narrow) * keep),
         Contender("folded", _FOLDED, "rival", folded, 8 * narrow),
-        Contender("oneDNN", _ONEDNN, "rival", onednn, narrow),
-        Contender("torch.nn", _TORCH_NN, "rival", torch_nn, (3 * wide + 16 * narrow) * (1.0 if training else 0.6)),
-        Contender("naive", _NAIVE, "rival", naive, (5 * wide + 16 * narrow) * (1.0 if training else 0.6)),
     ]
-    if training:
-        again = functools.partial(fused, recompute=True)
-        ours.insert(
-            1, Contender("recompute", "ours, gates computed again in the backward", "variant", again, 4 * narrow)
-        )
-    return tuple(ours)
+    if device == "cpu":
+        others.append(Contender("oneDNN", _ONEDNN, "rival", onednn, narrow))
+    half = 1.0 if training else 0.6
+    torch_nn_is = _CUDNN if device == "cuda" else _TORCH_NN
+    others += [
+        Contender("torch.nn", torch_nn_is, "rival", torch_nn, (3 * wide + 16 * narrow) * half),
+        Contender("naive", _NAIVE, "rival", naive, (5 * wide + 16 * narrow) * half),
+    ]
+    return tuple(ours + others)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ _EXPLANATION = (
     "measured around the case; xfloor: time over floor; peak: share of the arithmetic peak; ±: interquartile range; "
     "gain: best other over fused; memory: growth at the peak of a call, fused/reference; saved: kept for the backward, "
     "fused/reference"
+)
+
+_GPU_EXPLANATION = (
+    "first column: ours by the backend that auto takes; graph: the same calls as a CUDA graph; variant: the best of "
+    "our other backends, as calls or graph; gain: calls over calls/graph over graph"
 )
 
 
@@ -91,6 +97,8 @@ def _title(rows: list[Row]) -> str:
 
 
 def _summary(rows: list[Row]) -> Table:
+    if rows[0].device == "cuda":
+        return _gpu_summary(rows)
     training = rows[0].mode == TRAINING
     header = ["case", "fused", "±", "xfloor", "peak", "best other", "gain", "memory", *(["saved"] if training else [])]
     cells = []
@@ -103,6 +111,29 @@ def _summary(rows: list[Row]) -> Table:
             line.append(_pair("saved_bytes", ours, reference))
         cells.append(line)
     return Table(_title(rows), header, cells)
+
+
+def _gpu_summary(rows: list[Row]) -> Table:
+    """Ours by the backend that auto takes, as calls and as a graph; our other backends; the best of the others."""
+    names = {ours.name for row in rows if (ours := row.fused())}
+    ours_is = names.pop() if len(names) == 1 else "ours"
+    header = ["case", ours_is, "±", "graph", "xfloor", "variant", "best other", "gain", "memory"]
+    cells = []
+    for row in rows:
+        ours, other = row.fused(), row.best_other()
+        line = [row.label, seconds(ours.median) if ours else _fused_status(row)]
+        line += [f"{ours.spread:.0%}", _time(ours.graph_median), _three(row.over_floor(ours))] if ours else ["-"] * 3
+        variants = [c.best for c in row.timed() if c.role == "variant" and c.name != "recompute"]
+        line.append(_time(min(variants, default=None)))
+        line.append(f"{seconds(other.median)} {other.name}" if other else "-")
+        gains = [_three(g) if g else "-" for g in (row.gain(), row.graph_gain())]
+        line.append("/".join(gains) + "x" if row.gain() else "-")
+        cells.append([*line, _pair("peak_bytes", ours, row.reference())])
+    return Table(_title(rows), header, cells)
+
+
+def _time(value: float | None) -> str:
+    return "-" if value is None else seconds(value)
 
 
 def _own(row: Row, c: Measured) -> list[str]:
@@ -126,14 +157,18 @@ def details(rows: list[Row]) -> list[Table]:
         cells = []
         for c in row.contenders:
             if not c.samples:
-                cells.append([c.name, c.status, *["-"] * 7])
+                cells.append([c.name, c.status, *["-"] * (8 if row.device == "cuda" else 7)])
                 continue
             ratio = _three(c.median / ours.median) + "x" if ours else "-"
             error = f"{c.error:.0e}" if c.error is not None else "-"
-            cells.append([c.name, *_own(row, c), ratio, size(c.peak_bytes), size(c.saved_bytes), error])
+            graph = [_time(c.graph_median)] if row.device == "cuda" else []
+            cells.append([c.name, *_own(row, c), *graph, ratio, size(c.peak_bytes), size(c.saved_bytes), error])
+        header = ["", "time", "±", "xfloor", "peak", "vs fused", "memory", "saved", "error"]
+        if row.device == "cuda":
+            header.insert(5, "graph")
         sizes = " ".join(f"{k}={v}" for k, v in row.shape.items())
         floor = f"{row.op} {row.label}  {row.dtype} {row.mode}  {sizes}\n  floor {seconds(row.floor_seconds)}"
-        found.append(Table(floor, ["", "time", "±", "xfloor", "peak", "vs fused", "memory", "saved", "error"], cells))
+        found.append(Table(floor, header, cells))
     return found
 
 
@@ -143,7 +178,7 @@ def heading(run: Run) -> str:
     sets = " ".join(cpu["instruction_sets"])
     lines = [f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads ({sets})"]
     if gpu:
-        lines.append(f"{gpu['name']}, CUDA {gpu['cuda']}")
+        lines.append(f"{gpu['name']}, CUDA {gpu['cuda']}, driver {gpu.get('driver') or 'unknown'}")
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     lines.append(f"{versions}, commit {(run.commit or 'unknown')[:12]}, {run.date}")
     values: dict[str, list[float]] = {}
@@ -165,6 +200,12 @@ def notes(run: Run) -> str:
                 f"{len(labels)} of {len(run.rows)} cases" if len(labels) > 3 or status == ABSENT else ", ".join(labels)
             )
             lines.append(f"{status if status == ABSENT else status.upper()}: {name} in {which}: {reason}")
+    for (name, reason), count in _without_graph(run).items():
+        lines.append(f"no graph: {name} in {count} of {len(run.rows)} cases: {reason}")
+    if left_out := run.settings.get("left_out"):
+        lines.append(f"left out, for want of time: {', '.join(left_out)}")
+    if any(row.device == "cuda" for row in run.rows):
+        lines.append(_GPU_EXPLANATION)
     lines += [_EXPLANATION, f"memory is measured as {run.memory_method or 'nothing: no contender ran'}"]
     return "\n".join(lines)
 
@@ -180,6 +221,11 @@ def _reasons(run: Run, status: str) -> dict[tuple[str, str], list[str]]:
             if c.status == status:
                 found.setdefault((c.name, c.reason), []).append(f"{row.op} {row.label} {row.dtype} {row.mode}")
     return found
+
+
+def _without_graph(run: Run) -> dict[tuple[str, str], int]:
+    """How often each contender could not be a CUDA graph, and why."""
+    return dict(Counter((c.name, c.graph_reason) for row in run.rows for c in row.timed() if c.graph_reason))
 
 
 def text(run: Run, every: bool = False) -> str:

@@ -15,6 +15,14 @@ SCHEMA = 1
 TIMED, ABSENT, WRONG, FAILED = "timed", "absent", "wrong", "failed"
 
 
+def spread(samples: list[float]) -> float:
+    """The interquartile range over the median."""
+    if len(samples) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return (high - low) / statistics.median(samples)
+
+
 @dataclass
 class Measured:
     """What a contender did with a case.
@@ -27,6 +35,9 @@ class Measured:
         calls_per_sample (int): how many calls in a row each sample is the mean of.
         peak_bytes, saved_bytes (int): see ``memory``.
         error (float): the largest relative error (in norm) of an output, against the oracle in float64.
+        graph_samples (list of float), graph_calls_per_sample (int): the same for the calls as CUDA graphs; nothing on a
+            CPU.
+        graph_reason (str): why there is no graph of it.
     """
 
     name: str
@@ -39,18 +50,27 @@ class Measured:
     peak_bytes: int | None = None
     saved_bytes: int | None = None
     error: float | None = None
+    graph_samples: list[float] = field(default_factory=list)
+    graph_calls_per_sample: int = 1
+    graph_reason: str = ""
 
     @property
     def median(self) -> float:
         return statistics.median(self.samples)
 
     @property
+    def graph_median(self) -> float | None:
+        return statistics.median(self.graph_samples) if self.graph_samples else None
+
+    @property
+    def best(self) -> float:
+        """The smaller of the medians, as calls and as a graph."""
+        return min(self.median, self.graph_median or self.median)
+
+    @property
     def spread(self) -> float:
         """The interquartile range over the median."""
-        if len(self.samples) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return (high - low) / self.median
+        return spread(self.samples)
 
 
 @dataclass
@@ -93,6 +113,12 @@ class Row:
         """How many times faster than the best of the others; below one where that one wins."""
         ours, other = self.fused(), self.best_other()
         return other.median / ours.median if ours and other else None
+
+    def graph_gain(self) -> float | None:
+        """The gain over the fastest of the others where all are graphs."""
+        ours = self.fused()
+        others = [c.graph_median for c in self.timed() if c.role in ("rival", "reference") and c.graph_median]
+        return min(others) / ours.graph_median if ours and ours.graph_median and others else None
 
     def over_floor(self, contender: Measured) -> float:
         return contender.median / self.floor_seconds

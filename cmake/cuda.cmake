@@ -3,7 +3,7 @@ include(CheckLanguage)
 include(ProcessorCount)
 
 if(NOT DEFINED PYEFF_CUDA_ARCHS)
-  set(PYEFF_CUDA_ARCHS "80;90;100;120")
+  set(PYEFF_CUDA_ARCHS "80;90a;100;120")
   if(DEFINED ENV{PYEFF_CUDA_ARCHS})
     string(REGEX REPLACE "[ ,]+" ";" PYEFF_CUDA_ARCHS "$ENV{PYEFF_CUDA_ARCHS}")
   endif()

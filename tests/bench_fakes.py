@@ -48,9 +48,11 @@ def absent(sets):
     raise Unavailable("it is not installed")
 
 
-def fake_case(*contenders, point="7", group="toy", mode=FORWARD, dtype=torch.float32, op="toy_op", axis="size"):
+def fake_case(
+    *contenders, point="7", group="toy", mode=FORWARD, dtype=torch.float32, op="toy_op", axis="size", device="cpu"
+):
     return Case(
-        op=op, group=group, point=point, axis=axis, shape={"N": 7, "d": 3}, dtype=dtype, device="cpu", mode=mode,
+        op=op, group=group, point=point, axis=axis, shape={"N": 7, "d": 3}, dtype=dtype, device=device, mode=mode,
         flops=1e9, bytes=1e9, reduction=1,
         make=lambda count, seed: [torch.arange(1.0, 8.0).to(dtype) + i for i in range(count)],
         set_bytes=1 << 24, tensors=lambda x: [x], oracle=lambda x: [x.double() ** 2], contenders=contenders,
@@ -62,11 +64,16 @@ def ceilings():
         "float32": "made up", "bfloat16": "made up", "copy": "made up"})  # fmt: skip
 
 
-def run(*cases, prices=None, settings=SETTINGS, progress=None):
+def graphs(calls):
+    """Stands for the capture of CUDA graphs: the first calls of a rotation, as ``NAME graph`` on the clock."""
+    return [Owned(f"{call.owner} graph", call.function) for call in calls[:2]]
+
+
+def run(*cases, prices=None, settings=SETTINGS, progress=None, **more):
     prices = prices or {"fused": 0.6, "reference": 1.2, "rival": 0.9}
     clock = Clock(prices)
     found = runner.run(
-        list(cases), Selection("quick"), settings=settings, ceilings=ceilings(), timer=clock, progress=progress
+        list(cases), Selection("quick"), settings=settings, ceilings=ceilings(), timer=clock, progress=progress, **more
     )
     return found, clock
 

@@ -1,28 +1,56 @@
-"""Fixtures of the whole suite: poisoned outputs, the backend under test, hypothesis's profile."""
+"""Fixtures of the whole suite: poisoned outputs, the place under test, hypothesis's profile."""
 
 from __future__ import annotations
 
 import os
+import types
 
-import hypothesis
+# cuBLAS gives bitwise equal repeats only with this, and torch asks for it; it is read once, when cuBLAS starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 
-import pyeff
-from tests import helpers
+from tests import helpers, places
+
+try:
+    import hypothesis
+except ImportError:  # a bare machine: the tests of properties are left out
+    hypothesis = None
+    collect_ignore = ["test_read_properties.py", "test_read_fuzz.py"]
 
 # The tests are small, and run side by side: threads would only wait for each other. Those about threads set their own.
 torch.set_num_threads(1)
+# On a GPU the definition is to be as good as its dtype allows: its own error is the others' limit.
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
-hypothesis.settings.register_profile(
-    "pyeff",
-    deadline=None,
-    max_examples=int(os.environ.get("PYEFF_TEST_EXAMPLES", "60")),
-    # The same examples on every run of CI; new ones on every run elsewhere.
-    derandomize=bool(os.environ.get("CI")),
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
-)
-hypothesis.settings.load_profile("pyeff")
+if hypothesis:
+    hypothesis.settings.register_profile(
+        "pyeff",
+        deadline=None,
+        max_examples=int(os.environ.get("PYEFF_TEST_EXAMPLES", "60")),
+        # The same examples on every run of CI; new ones on every run elsewhere.
+        derandomize=bool(os.environ.get("CI")),
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    hypothesis.settings.load_profile("pyeff")
+
+NO_PARAMETERS = types.SimpleNamespace(params={})
+
+
+def pytest_configure(config):
+    if problems := places.unmet():
+        raise pytest.UsageError("PYEFF_TEST_REQUIRE is not met:\n" + "\n".join(problems))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the dtypes that nothing computes in at a test's place; thousands of skips would hide the others."""
+    dropped = [item for item in items if places.does_not_apply(getattr(item, "callspec", NO_PARAMETERS).params)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +69,22 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=helpers.BACKENDS)
-def backend(request):
-    """Each implementation in turn, as ``pyeff.backend(...)`` around the test."""
-    helpers.need("read_recurrence", request.param)
-    with pyeff.backend(request.param):
-        yield request.param
+def place_fixture(chosen):
+    """A fixture that runs a test at each of the places, with the place in force, and gives it the backend's name."""
+
+    @pytest.fixture(params=chosen, ids=str)
+    def place(request):
+        helpers.need("read_recurrence", request.param.backend)
+        with places.at(request.param):
+            yield request.param.backend
+
+    return place
 
 
-@pytest.fixture(params=helpers.KERNEL_BACKENDS)
-def kernels(request):
-    """Each implementation with kernels of its own, as ``pyeff.backend(...)`` around the test."""
-    helpers.need("read_recurrence", request.param)
-    with pyeff.backend(request.param):
-        yield request.param
+# Every implementation, those with kernels of their own, of both the ones that compute in float64; the CPU's, a GPU's.
+backend = place_fixture(places.PLACES)
+kernels = place_fixture(places.KERNELS)
+backend64 = place_fixture([place for place in places.PLACES if torch.float64 in place.dtypes])
+kernels64 = place_fixture([place for place in places.KERNELS if torch.float64 in place.dtypes])
+cpu_kernels = place_fixture([place for place in places.KERNELS if place.backend == "cpu"])
+gpu_kernels = place_fixture([place for place in places.KERNELS if place.device == "cuda"])

@@ -1,10 +1,9 @@
-"""What the tests of every operation share: backends, random strided tensors, READ calls and the three-way tolerance."""
+"""What the tests of every operation share: random strided tensors, READ calls and the three-way tolerance."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Iterable
 
@@ -14,14 +13,11 @@ from torch import Tensor
 
 import pyeff
 from pyeff import backends
+from tests import places
 
-BACKENDS = ("reference", "cpu")
-KERNEL_BACKENDS = ("cpu",)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES = places.DTYPES
 CELLS, NORMS, REDUCTIONS = ("rnn", "gru", "lstm"), ("rms", "layer", "none"), ("mean", "last")
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-# The backends that must be there: a test of one of these fails where it would otherwise be skipped.
-REQUIRED = tuple(filter(None, os.environ.get("PYEFF_TEST_REQUIRE", "").split(",")))
 
 
 def need(op: str, name: str) -> None:
@@ -29,7 +25,7 @@ def need(op: str, name: str) -> None:
     state = backends.support(op, name)
     if not state.usable:
         message = f"{op}: backend {name!r} cannot be used: {state.reason}"
-        pytest.fail(message) if name in REQUIRED else pytest.skip(message)
+        pytest.fail(message) if name in places.REQUIRED else pytest.skip(message)
 
 
 # The oracle is the reference in float64 on the very numbers that the low-precision call gets. In a dtype, the
@@ -189,12 +185,17 @@ class Read:
 
 def make_read(
     cell: str = "gru", norm: str = "rms", reduce: str = "mean", *, lead: tuple[int, ...] = (5,), layers: int = 3,
-    d: int = 24, r: int = 10, dtype: torch.dtype = torch.float64, bias: bool = True, state: bool = True,
+    d: int = 24, r: int = 10, dtype: torch.dtype | None = None, bias: bool = True, state: bool = True,
     affine: bool = True, strides: tuple[str, ...] = ("contiguous",), weight_strides: str = "contiguous",
     eps: float = 1e-6, seed: int = 0,
 ) -> Read:  # fmt: skip
-    """A random READ call in which every argument matters; phi takes its strides from ``strides`` in turn."""
+    """A random READ call in which every argument matters, on torch's default device.
+
+    phi takes its strides from ``strides`` in turn; the dtype is the place's widest unless one is given. The numbers are
+    drawn on the CPU, so that they are the same on every device.
+    """
     generator = torch.Generator().manual_seed(seed)
+    device, dtype = torch.get_default_device(), dtype or places.here().dtypes[0]
     gates = GATES[cell] * r
     shapes: dict[str, tuple[tuple[int, ...], float, float]] = {  # name: shape, scale, offset
         "w_ih": ((gates, d), d**-0.5, 0.0),
@@ -214,9 +215,9 @@ def make_read(
     shapes |= {f"phi{i}": ((*lead, d), 1.5, 0.25) for i in range(layers)}
     tensors = {}
     for name, (shape, scale, offset) in shapes.items():
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + offset
+        values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale + offset
         kind = strides[int(name[3:]) % len(strides)] if name.startswith("phi") else weight_strides
-        tensors[name] = lay_out(values.to(dtype), kind)
+        tensors[name] = lay_out(values.to(device, dtype), kind)
     return Read(tensors, {"cell": cell, "norm": norm, "reduce": reduce, "eps": eps})
 
 
@@ -225,7 +226,7 @@ def gradients(call: Read, names: Iterable[str], grad_out: Tensor, function=None,
     call = call.require_grad(names)
     names = list(names)
     out = call(function, **extra)
-    grads = torch.autograd.grad(out, [call.tensors[name] for name in names], grad_out.to(out.dtype))
+    grads = torch.autograd.grad(out, [call.tensors[name] for name in names], grad_out.to(out))
     return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
 
 
@@ -284,7 +285,8 @@ def check_read(call: Read, names: Iterable[str] = (), *, grad_out: Tensor | None
             generator = torch.Generator().manual_seed(99)
             shape = (*call.tensors["phi0"].shape[:-1], call.rank)
             # Rounded to the call's dtype first: all three must be asked for the same derivative.
-            grad_out = torch.randn(shape, generator=generator, dtype=torch.float64).to(call.tensors["w_ih"].dtype)
+            grad_out = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+            grad_out = grad_out.to(call.tensors["w_ih"])
         fused = gradients(call, names, grad_out, **extra)
         same = gradients(call, names, grad_out, pyeff.reference.read_recurrence)
         oracle = gradients(call.to(torch.float64), names, grad_out, pyeff.reference.read_recurrence)

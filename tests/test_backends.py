@@ -12,7 +12,7 @@ import torch
 
 import pyeff
 from pyeff import backends
-from tests import helpers
+from tests import helpers, places
 from tests.helpers import make_read, says
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,11 +104,11 @@ def test_a_backend_without_kernels_says_so(name):
         assert call().shape == (5, 10)
 
 
-def test_a_dtype_without_kernels_says_so(kernels):
-    with pytest.raises(RuntimeError, match=says("read_recurrence", kernels, "float16", "float64, float32, bfloat16")):
+def test_a_dtype_without_kernels_says_so(cpu_kernels):
+    with pytest.raises(RuntimeError, match=says("read_recurrence", "cpu", "float16", "float64, float32, bfloat16")):
         make_read("gru", dtype=torch.float16)()
     call = make_read("gru", dtype=torch.float16, state=False)
-    with pytest.raises(RuntimeError, match=says("read_step", kernels, "float16")):
+    with pytest.raises(RuntimeError, match=says("read_step", "cpu", "float16")):
         pyeff.ops.read_step(call.phi[0], None, call.tensors["w_ih"], call.tensors["w_hh"])
 
 
@@ -123,7 +123,7 @@ def test_a_device_without_kernels_says_so(kernels):
 def test_auto_prefers_the_kernels():
     helpers.need("read_recurrence", "cpu")
     cpu = torch.device("cpu")
-    for dtype in helpers.DTYPES:
+    for dtype in backends.DTYPES["cpu"]:
         assert backends.choose("read_recurrence", cpu, dtype, "auto") == "cpu"
     assert backends.choose("read_recurrence", cpu, torch.float16, "auto") == "reference"
     call = make_read("gru", dtype=torch.float32)
@@ -209,7 +209,7 @@ def test_info_names_every_op_and_backend():
             assert isinstance(state["usable"], bool)
             # A reason exactly where there is something to explain.
             assert bool(state["reason"]) != state["usable"], (op, name, state)
-            if name in backends.OPS[op] and name in helpers.REQUIRED:
+            if name in backends.OPS[op] and name in places.REQUIRED:
                 assert state["usable"], (op, name, state)
     assert info["backend"] == backends.current()
     assert info["versions"]["torch"] == torch.__version__

@@ -165,7 +165,7 @@ def test_the_command_runs_a_case(command, tmp_path, monkeypatch):
     [
         (["nothing", "--list"], "no benchmark is called"),
         (["--quick", "--full"], "exclude each other"),
-        (["--device", "abacus"], "expected one of cpu, cuda"),
+        (["--device", "abacus"], "expected one of auto, cpu, cuda"),
         (["--from", "/nowhere.json"], "No such file"),
         (["--match", "no-such-word"], "no case has all of"),
     ],

@@ -32,13 +32,13 @@ def check_gradient(call: helpers.Read, wanted, **extra) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
-def test_gradcheck(kernels, cell, norm, reduce, recompute):
+def test_gradcheck(kernels64, cell, norm, reduce, recompute):
     call = make_read(cell, norm, reduce, **SMALL)
     check_gradient(call, call.tensors, recompute=recompute)
 
 
 @pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
-def test_gradcheck_of_each_input_alone(kernels, cell, norm):
+def test_gradcheck_of_each_input_alone(kernels64, cell, norm):
     """The work for gradients that nobody asked for is skipped; what is left must not need it."""
     call = make_read(cell, norm, **SMALL)
     for name in call.tensors:
@@ -46,14 +46,14 @@ def test_gradcheck_of_each_input_alone(kernels, cell, norm):
 
 
 @pytest.mark.parametrize(("cell", "norm"), [("rnn", "none"), ("gru", "rms"), ("lstm", "layer")])
-def test_gradcheck_of_all_inputs_but_one(kernels, cell, norm):
+def test_gradcheck_of_all_inputs_but_one(kernels64, cell, norm):
     call = make_read(cell, norm, **SMALL)
     for name in call.tensors:
         check_gradient(call, [n for n in call.tensors if n != name])
 
 
 @pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
-def test_gradcheck_of_a_frozen_backbone(kernels, cell, norm):
+def test_gradcheck_of_a_frozen_backbone(kernels64, cell, norm):
     """The main use: every weight trains and no phi does."""
     call = make_read(cell, norm, **SMALL)
     weights = [n for n in call.tensors if not n.startswith("phi")]
@@ -73,7 +73,7 @@ def test_no_input_asks_for_a_gradient(backend):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_gradcheck_of_a_step(kernels, cell):
+def test_gradcheck_of_a_step(kernels64, cell):
     call = make_read(cell, "layer", lead=(3,), layers=1, d=4, r=2)
     names = list(call.tensors)
     options = {n: v for n, v in call.options.items() if n != "reduce"}

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pyeff
-from tests import helpers
+from tests import helpers, places
 from tests.helpers import CELLS, make_read
 
 
@@ -146,72 +146,83 @@ def test_choice_that_cannot_serve_raises_under_compile(backend):
     function = torch.compile(pyeff.ops.read_recurrence, backend="eager")
     call = make_read("gru", dtype=torch.float32)
     assert torch.equal(call(function), call())
-    with pyeff.backend("triton"), pytest.raises(Exception, match="triton"):
-        call(function)
+    # Another device's; and of those that can be emulated on the CPU, none computes in float64.
+    other = "cpu" if places.here().device == "cuda" else "triton"
+    with pyeff.backend(other), pytest.raises(Exception, match=other):
+        make_read("gru", dtype=torch.float64)(function)
 
 
-def check_autocast(call: helpers.Read, phi_dtype: torch.dtype, function=None) -> None:
-    """A float32 call under autocast is as good as the call in bfloat16; gradients come back in their inputs' dtypes."""
+def check_autocast(call: helpers.Read, dtype: torch.dtype, wide: bool, function=None) -> None:
+    """A float32 call under autocast is as good as the call in its dtype; gradients come back in their inputs' dtypes.
+
+    With ``wide`` phi is in float32, too, else in autocast's dtype.
+    """
     mixed = call.map(lambda t: t)
     for i, phi_i in enumerate(call.phi):
-        mixed.tensors[f"phi{i}"] = phi_i.to(phi_dtype)
+        mixed.tensors[f"phi{i}"] = phi_i if wide else phi_i.to(dtype)
     leaves = mixed.require_grad(mixed.tensors)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(places.here().device, dtype):
         out = leaves(function)
-    assert out.dtype == torch.bfloat16
-    grad_out = torch.randn(out.shape).to(torch.bfloat16)
+    assert out.dtype == dtype
+    grad_out = torch.randn(out.shape).to(dtype)
     found = torch.autograd.grad(out, list(leaves.tensors.values()), grad_out)
-    rounded = call.to(torch.bfloat16)
+    rounded = call.to(dtype)
     same = helpers.gradients(rounded, call.tensors, grad_out, pyeff.reference.read_recurrence)
     truth = helpers.gradients(rounded.to(torch.float64), call.tensors, grad_out, pyeff.reference.read_recurrence)
     helpers.assert_three_way("out", out, same["out"], truth["out"], call.terms("out"))
     for name, grad in zip(call.tensors, found, strict=True):
         assert grad.dtype == mixed.tensors[name].dtype
-        helpers.assert_three_way(name, grad.to(torch.bfloat16), same[name], truth[name], call.terms(name))
+        helpers.assert_three_way(name, grad.to(dtype), same[name], truth[name], call.terms(name))
 
 
-phi_dtypes = pytest.mark.parametrize("phi_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# Those of the two that are computed in at the place.
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+phi_dtypes = pytest.mark.parametrize("wide", [True, False], ids=["phi_float32", "phi_half"])
 
 
 @phi_dtypes
+@halves
 @pytest.mark.parametrize("norm", helpers.NORMS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_autocast(backend, cell, norm, phi_dtype):
-    check_autocast(make_read(cell, norm, dtype=torch.float32), phi_dtype)
+def test_autocast(backend, cell, norm, dtype, wide):
+    check_autocast(make_read(cell, norm, dtype=torch.float32), dtype, wide)
 
 
 @phi_dtypes
+@halves
 @pytest.mark.parametrize("cell", CELLS)
-def test_autocast_under_compile(backend, cell, phi_dtype):
-    check_autocast(make_read(cell, dtype=torch.float32), phi_dtype, compiled(pyeff.ops.read_recurrence))
+def test_autocast_under_compile(backend, cell, dtype, wide):
+    check_autocast(make_read(cell, dtype=torch.float32), dtype, wide, compiled(pyeff.ops.read_recurrence))
 
 
 @phi_dtypes
+@halves
 @pytest.mark.parametrize("kind", helpers.STRIDES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_autocast_of_strided_phi(kernels, cell, kind, phi_dtype):
+def test_autocast_of_strided_phi(kernels, cell, kind, dtype, wide):
     call = make_read(cell, "layer", lead=(23, 4), d=37, r=19, dtype=torch.float32, strides=(kind,))
-    check_autocast(call, phi_dtype)
+    check_autocast(call, dtype, wide)
 
 
 @phi_dtypes
-def test_autocast_keeps_no_copy_of_phi(kernels, phi_dtype):
+@halves
+def test_autocast_keeps_no_copy_of_phi(kernels, dtype, wide):
     """The frozen network's outputs are kept by reference, also where the kernels read them in another dtype."""
     call = make_read("gru", lead=(512,), d=208, r=16, dtype=torch.float32)
     for i, phi_i in enumerate(call.phi):
-        call.tensors[f"phi{i}"] = phi_i.to(phi_dtype)
+        call.tensors[f"phi{i}"] = phi_i if wide else phi_i.to(dtype)
     leaves = call.require_grad(["w_ih", "w_hh"])
     inputs, kept = {t.untyped_storage().data_ptr() for t in leaves.tensors.values()}, []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with hooks, torch.autocast("cpu", torch.bfloat16):
+    with hooks, torch.autocast(places.here().device, dtype):
         assert leaves().requires_grad
     assert not [t.shape for t in kept if t.shape == (512, 208) and t.untyped_storage().data_ptr() not in inputs]
 
 
-def test_autocast_leaves_float64_alone(backend):
+def test_autocast_leaves_float64_alone(backend64):
     call = make_read("gru")
     expected = call()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(places.here().device, torch.bfloat16):
         out = call()
     assert out.dtype == torch.float64
     assert torch.equal(out, expected)
@@ -219,32 +230,36 @@ def test_autocast_leaves_float64_alone(backend):
 
 @pytest.mark.parametrize("tokens", [5, 0])
 @pytest.mark.parametrize("how", ["eager", "compiled"])
-def test_autocast_does_not_mix_float64_with_less(backend, how, tokens):
+def test_autocast_does_not_mix_float64_with_less(backend64, how, tokens):
     """float64 weights stay float64, and a float32 phi beside them is the mistake that it is outside of autocast."""
     call = make_read("gru", lead=(tokens,))
     mixed = helpers.Read({n: t.float() if n.startswith("phi") else t for n, t in call.tensors.items()}, call.options)
     function = compiled(pyeff.ops.read_recurrence) if how == "compiled" else pyeff.ops.read_recurrence
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(Exception, match=r"phi\[0\] is .*, expected .*float64"):
+    with (
+        torch.autocast(places.here().device, torch.bfloat16),
+        pytest.raises(Exception, match=r"phi\[0\] is .*, expected .*float64"),
+    ):
         mixed(function)
 
 
 @phi_dtypes
+@halves
 @pytest.mark.parametrize("cell", CELLS)
-def test_autocast_step(backend, cell, phi_dtype):
+def test_autocast_step(backend, cell, dtype, wide):
     """One step under autocast is the recurrence over one layer under autocast."""
     call = make_read(cell, reduce="last", layers=1, dtype=torch.float32)
-    call.tensors["phi0"] = call.tensors["phi0"].to(phi_dtype)
+    call.tensors["phi0"] = call.tensors["phi0"].to(torch.float32 if wide else dtype)
     weights = {n: t for n, t in call.tensors.items() if n not in ("phi0", "h0", "c0")}
     state = (call.tensors["h0"], call.tensors["c0"]) if cell == "lstm" else call.tensors["h0"]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(places.here().device, dtype):
         found = pyeff.ops.read_step(call.phi[0], state, **weights, cell=cell)
         expected = call()
     found = found if cell == "lstm" else (found,)
-    assert all(t.dtype == torch.bfloat16 for t in found)
+    assert all(t.dtype == dtype for t in found)
     assert torch.equal(found[0], expected)
 
 
 def test_autocast_disabled_inside(backend):
     call = make_read("gru", dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+    with torch.autocast(places.here().device, torch.bfloat16), torch.autocast(places.here().device, enabled=False):
         assert call().dtype == torch.float32

@@ -20,7 +20,7 @@ print(torch.ops.pyeff_cpu.isa_chosen())
 torch.set_num_threads(1)
 sizes = [((37,), 3, 65, 33), ((3, 5), 2, 24, 16), ((1,), 1, 7, 3), ((70,), 2, 130, 64)]
 with pyeff.backend("cpu"):
-    for cell, norm, dtype in itertools.product(helpers.CELLS, helpers.NORMS, helpers.DTYPES):
+    for cell, norm, dtype in itertools.product(helpers.CELLS, helpers.NORMS, backends.DTYPES["cpu"]):
         for lead, layers, d, r in sizes:
             call = helpers.make_read(cell, norm, lead=lead, layers=layers, d=d, r=r, dtype=dtype)
             helpers.check_read(call, call.tensors)

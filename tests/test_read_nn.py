@@ -10,25 +10,41 @@ from torch import nn
 
 import pyeff
 import pyeff.nn.read
+from tests import helpers, places
 
 TORCH = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 CELLS = sorted(TORCH)
+# Those of the two that are computed in at the place.
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
-def layers(count=4, shape=(2, 5), width=12, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, width, generator=generator, dtype=dtype) for _ in range(count)]
+def layers(count=4, shape=(2, 5), width=12, dtype=None, seed=0):
+    generator, dtype = torch.Generator().manual_seed(seed), dtype or places.here().dtypes[0]
+    drawn = [torch.randn(*shape, width, generator=generator, dtype=torch.float64, device="cpu") for _ in range(count)]
+    return [t.to(torch.get_default_device(), dtype) for t in drawn]
 
 
 def adapter_for(cell, norm="rms", reduce="mean", seed=1, **kw):
     torch.manual_seed(seed)
-    kw = {"zero_init": False, "dtype": torch.float64} | kw
+    kw = {"zero_init": False, "dtype": places.here().dtypes[0]} | kw
     adapter = pyeff.nn.ReadAdapter(12, 7, cell=cell, norm=norm, reduce=reduce, **kw)
     with torch.no_grad():
         for p in (adapter.norm_weight, adapter.norm_bias):
             if p is not None:
                 p.add_(torch.randn_like(p))
     return adapter
+
+
+def assert_close(found, expected):
+    """Two ways to compute one thing, over at most four layers, differ by what rounding does to each."""
+    slack = 2 * helpers.rounding(expected.dtype, 4 * (12 + 7), max(1.0, expected.abs().max().item()))
+    assert helpers.error(found, expected) <= slack
+
+
+def state_for(cell):
+    """A first state, h0 and c0."""
+    h0, c0 = layers(1, width=7, seed=5)[0], layers(1, width=7, seed=6)[0]
+    return h0, c0 if cell == "lstm" else None
 
 
 def expected(adapter, phi, h0=None, c0=None):
@@ -51,34 +67,32 @@ def expected(adapter, phi, h0=None, c0=None):
 @pytest.mark.parametrize("reduce", ["mean", "last"])
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_matches_torch_rnn(cell, norm, reduce):
+def test_matches_torch_rnn(backend, cell, norm, reduce):
     phi = layers()
     adapter = adapter_for(cell, norm, reduce, scale=0.5)
-    torch.testing.assert_close(adapter(phi), expected(adapter, phi), rtol=1e-12, atol=1e-12)
-    h0, c0 = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
-    c0 = c0 if cell == "lstm" else None
-    torch.testing.assert_close(adapter(phi, h0, c0), expected(adapter, phi, h0, c0), rtol=1e-12, atol=1e-12)
+    assert_close(adapter(phi), expected(adapter, phi))
+    h0, c0 = state_for(cell)
+    assert_close(adapter(phi, h0, c0), expected(adapter, phi, h0, c0))
 
 
 @pytest.mark.parametrize("reduce", ["mean", "last"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_stream_and_step_match_forward(cell, reduce):
+def test_stream_and_step_match_forward(backend, cell, reduce):
     phi = layers()
     adapter = adapter_for(cell, reduce=reduce)
     state, stream = None, adapter.stream()
     for i, p in enumerate(phi, 1):
         state = adapter.step(p, state)
         stream.push(p)
-        torch.testing.assert_close(stream.correction(), adapter(phi[:i]), rtol=1e-12, atol=1e-12)
+        assert_close(stream.correction(), adapter(phi[:i]))
     h = state[0] if cell == "lstm" else state
     if reduce == "last":
-        torch.testing.assert_close(adapter.project(h), adapter(phi), rtol=1e-12, atol=1e-12)
-    h0 = torch.randn(2, 5, 7, dtype=torch.float64)
-    c0 = torch.randn(2, 5, 7, dtype=torch.float64) if cell == "lstm" else None
+        assert_close(adapter.project(h), adapter(phi))
+    h0, c0 = state_for(cell)
     stream = adapter.stream(h0, c0)
     for p in phi:
         stream.push(p)
-    torch.testing.assert_close(stream.correction(), adapter(phi, h0, c0), rtol=1e-12, atol=1e-12)
+    assert_close(stream.correction(), adapter(phi, h0, c0))
 
 
 @pytest.mark.parametrize(("width", "count"), [(768, 986_112), (1024, 1_248_768)])
@@ -86,7 +100,7 @@ def test_parameter_count(width, count):
     assert sum(p.numel() for p in pyeff.nn.ReadAdapter(width, device="meta").parameters()) == count
 
 
-def test_starts_at_nothing_and_still_learns():
+def test_starts_at_nothing_and_still_learns(backend):
     adapter = adapter_for("gru", zero_init=True)
     out = adapter(layers())
     assert torch.equal(out, torch.zeros_like(out))
@@ -136,19 +150,19 @@ def test_state_dict_without_biases_clears_them():
     assert not adapter.bias_hh_l0.any()
 
 
-def test_embed_state():
+def test_embed_state(backend):
     adapter = adapter_for("gru", embed_state=True)
     phi, embedding = layers(), layers(1, seed=9)[0]
     h0 = embedding @ adapter.embed_projection.weight.T + adapter.embed_projection.bias
     out = adapter(phi, embedding=embedding)
-    torch.testing.assert_close(out, expected(adapter, phi, h0), rtol=1e-12, atol=1e-12)
+    assert_close(out, expected(adapter, phi, h0))
     stream = adapter.stream(embedding=embedding)
     for p in phi:
         stream.push(p)
-    torch.testing.assert_close(stream.correction(), out, rtol=1e-12, atol=1e-12)
+    assert_close(stream.correction(), out)
     with pytest.raises(ValueError, match="embedding is None"):
         adapter(phi)
-    torch.testing.assert_close(adapter(phi, h0), out, rtol=1e-12, atol=1e-12)
+    assert_close(adapter(phi, h0), out)
     with pytest.raises(ValueError, match="h0 and embedding were both given"):
         adapter(phi, h0, embedding=embedding)
     with pytest.raises(ValueError, match="h0 and embedding were both given"):
@@ -157,18 +171,20 @@ def test_embed_state():
         adapter_for("gru")(phi, embedding=embedding)
 
 
+@halves
 @pytest.mark.parametrize("cell", CELLS)
-def test_float32_parameters_follow_a_half_precision_backbone(cell):
-    phi = layers(dtype=torch.bfloat16)
+def test_float32_parameters_follow_a_half_precision_backbone(backend, cell, dtype):
+    phi = layers(dtype=dtype)
     adapter = adapter_for(cell, dtype=torch.float32)
     out = adapter(phi, h0=torch.zeros(2, 5, 7))
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == dtype
     out.float().sum().backward()
     assert adapter.weight_ih_l0.grad.dtype == torch.float32
     assert adapter.weight_ih_l0.grad.abs().sum() > 0
-    exact = adapter.double()([p.double() for p in phi])
-    # Rounding of inputs, weights and states to bfloat16, over four layers of a contracting recurrence.
-    assert (out.double() - exact).abs().max() < 8 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    with pyeff.backend("reference"):
+        exact = adapter.double()([p.double() for p in phi])
+    # Rounding of inputs, weights and states, over four layers of a contracting recurrence.
+    assert (out.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_other_mixed_dtypes_raise():
@@ -176,18 +192,19 @@ def test_other_mixed_dtypes_raise():
         adapter_for("gru", dtype=torch.float32)(layers(dtype=torch.float64))
 
 
-def test_autocast():
+@halves
+def test_autocast(backend, dtype):
     phi, adapter = layers(dtype=torch.float32), adapter_for("gru", dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(places.here().device, dtype):
         out = adapter(phi)
         stream = adapter.stream()
         for p in phi:
             stream.push(p)
         streamed = stream.correction()
-    assert out.dtype == streamed.dtype == torch.bfloat16
+    assert out.dtype == streamed.dtype == dtype
     scale = adapter(phi).abs().max()
     for got in (out, streamed):
-        assert (got - adapter(phi)).abs().max() < 8 * torch.finfo(torch.bfloat16).eps * scale
+        assert (got - adapter(phi)).abs().max() < 8 * torch.finfo(dtype).eps * scale
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,9 @@
 #include "isa.h"
 #include "number.h"
 #include "parallel.h"
+#include "read_options.h"
 
 namespace pyeff {
-
-enum class Cell : int { rnn, gru, lstm };
-enum class Norm : int { rms, layer, none };
-enum class Reduce : int { mean, last };
 
 // The rows of one layer output [*, d]: row n starts where the mixed-radix digits of n over `size` point.
 struct ReadRows {

@@ -2,6 +2,9 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+
 namespace pyeff::cuda {
 namespace {
 
@@ -53,6 +56,23 @@ std::string why_not(int device) {
   // The runtime remembers an error until it is asked for; torch would report it as its own.
   cudaGetLastError();
   return std::string("CUDA: ") + cudaGetErrorString(error);
+}
+
+gpu::Machine machine(int device) {
+  static std::mutex mutex;
+  static std::map<int, gpu::Machine> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  gpu::Machine machine;
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&machine.processors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&machine.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  // The code for it is in no other architecture's, and not in a build without the "a".
+  machine.wgmma = major == 9 && minor == 0 && built_architectures().find("90a") != std::string::npos;
+  return known[device] = machine;
 }
 
 }  // namespace pyeff::cuda

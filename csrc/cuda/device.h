@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "cuda/machine.h"
+
 namespace pyeff::cuda {
 
 // The architectures, as given to nvcc.
@@ -10,5 +12,8 @@ std::string built_architectures();
 
 // Empty if the code runs on the device with this index, or the reason why it does not.
 std::string why_not(int device);
+
+// Of the device with this index, asked once.
+gpu::Machine machine(int device);
 
 }  // namespace pyeff::cuda

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/read.h"
+#include "ops/checked.h"
 #include "ops/number.h"
 #include "ops/parallel.h"
 
@@ -15,38 +16,9 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 int64_t gates_of(Cell cell) { return cell == Cell::rnn ? 1 : cell == Cell::gru ? 3 : 4; }
 int64_t saved_gates_of(Cell cell) { return cell == Cell::rnn ? 0 : 4; }
-
-// Pointers to contiguous tensors of one dtype and a known size; null for what is absent (None, or no elements).
-struct Checked {
-  ScalarType type;
-
-  const void* read(const Tensor& t, int64_t numel, const char* name) const {
-    check(t, numel, type, name);
-    return t.const_data_ptr();
-  }
-  const void* read(const MaybeTensor& t, int64_t numel, const char* name) const {
-    return t ? read(*t, numel, name) : nullptr;
-  }
-  const void* read_saved(const Tensor& t, int64_t numel, const char* name) const {
-    return t.numel() ? read(t, numel, name) : nullptr;
-  }
-  void* write(const Tensor& t, int64_t numel, const char* name) const { return write(t, numel, type, name); }
-  static void* write(const Tensor& t, int64_t numel, ScalarType type, const char* name) {
-    if (t.numel() == 0) return nullptr;
-    check(t, numel, type, name);
-    return t.mutable_data_ptr();
-  }
-  static void check(const Tensor& t, int64_t numel, ScalarType type, const char* name) {
-    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU");
-    STD_TORCH_CHECK(t.scalar_type() == type, name, " has another dtype than expected");
-    STD_TORCH_CHECK(t.is_contiguous(), name, " is not contiguous");
-    STD_TORCH_CHECK(t.numel() == numel, name, " has ", t.numel(), " elements, expected ", numel);
-  }
-};
 
 // Folds the leading dimensions of [*, d] into as few strided ones as they allow.
 ReadRows rows_of(const Tensor& phi, ScalarType type, int64_t tokens, int64_t width) {
@@ -137,7 +109,7 @@ void forward(std::vector<Tensor> phi, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih
   result.h = a.checked.write(h, p.layers * state, "h");
   if (p.cell == Cell::lstm) result.c = a.checked.write(c, p.layers * state, "c");
   result.gates = a.checked.write(gates, saved_gates_of(p.cell) * p.layers * state, "gates");
-  result.stats = Checked::write(stats, a.stats_numel(), a.wide, "stats");
+  result.stats = a.checked.write(stats, a.stats_numel(), a.wide, "stats");
   STD_TORCH_CHECK(PYEFF_CHOSEN(read_forward)(p, result, torch_parallel()), "read_forward: out of memory");
 }
 
@@ -159,7 +131,7 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_c, std::vector<Tensor> phi,
   if (p.cell == Cell::lstm) r.c = a.checked.read(c, p.layers * state, "c");
   r.gates = a.checked.read_saved(gates, saved_gates_of(p.cell) * p.layers * state, "gates");
   if (a.stats_numel()) {
-    Checked::check(stats, a.stats_numel(), a.wide, "stats");
+    a.checked.check(stats, a.stats_numel(), a.wide, "stats");
     r.stats = stats.const_data_ptr();
   }
   std::vector<void*> dphi_data;

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-_DEVICES = ("cpu", "cuda")
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 def bench(
@@ -19,11 +19,11 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A few sizes, about a minute.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The largest sizes too; takes long and needs memory.")] = False,
     match: Annotated[str, typer.Option(help="Only cases with all these words, such as 'gru 64 float32'.")] = "",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is a device.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.", min=0)] = 0,
     listing: Annotated[bool, typer.Option("--list", help="Print the cases and contenders and leave.")] = False,
     from_file: Annotated[Optional[Path], typer.Option("--from", help="Show this result, run nothing.")] = None,  # noqa: UP045
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+    json: Annotated[Optional[Path], typer.Option(help="Write the result here; a folder gets DEVICE.json.")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="Write a picture here (png, svg, pdf).")] = None,  # noqa: UP045
     every: Annotated[bool, typer.Option("--details", help="Every contender of every case.")] = False,
     table: Annotated[bool, typer.Option("--table/--no-table", help="Print the table.")] = True,
@@ -41,7 +41,7 @@ def bench(
         if from_file:
             run = _shown(results.load(from_file), op, match)
         else:
-            select = module("registry").Selection(size=size, device=device, match=match)
+            select = module("registry").Selection(size=size, device=_device(device), match=match)
             if listing:
                 _list(op, select)
                 return
@@ -51,7 +51,8 @@ def bench(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if json:
-        results.save(run, json)
+        name = module("machine").slug(run.machine.get("gpu"))
+        results.save(run, json / f"{name}.json" if json.is_dir() else json)
     if markdown:
         typer.echo(report.markdown(run))
     elif table:
@@ -77,6 +78,12 @@ def module(name: str) -> ModuleType:
         # At the end: it must not hide anything that is installed.
         sys.path.append(str(checkout))
     return importlib.import_module(f"benchmarks.{name}")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _shown(run: Any, op: str | None, match: str) -> Any:

@@ -18,16 +18,24 @@ inline std::vector<Test>& tests() {
   return all;
 }
 
+// What a test runs in a process of its own, because a sanitizer is to end it.
+inline std::vector<Test>& children() {
+  static std::vector<Test> all;
+  return all;
+}
+
 struct Register {
-  Register(const char* name, void (*body)()) { tests().push_back({name, body}); }
+  Register(std::vector<Test>& where, const char* name, void (*body)()) { where.push_back({name, body}); }
 };
 
 }  // namespace check
 
-#define TEST(name)                                            \
-  static void test_##name();                                  \
-  static check::Register register_##name(#name, test_##name); \
+#define PYEFF_REGISTER(where, name)                                           \
+  static void test_##name();                                                  \
+  static check::Register register_##name(check::where(), #name, test_##name); \
   static void test_##name()
+#define TEST(name) PYEFF_REGISTER(tests, name)
+#define CHILD(name) PYEFF_REGISTER(children, name)
 
 #define CHECK(condition)                                                                 \
   do {                                                                                   \

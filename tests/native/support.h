@@ -29,15 +29,17 @@ void for_each_usable_isa(F&& body) {
 }
 
 constexpr Number kNumbers[] = {Number::f64, Number::f32, Number::bf16};
+// Half precision, which only the GPU's kernels have.
+constexpr Number kHalf = static_cast<Number>(static_cast<int>(Number::bf16) + 1);
 
 inline const char* name_of(Number number) {
-  return number == Number::f64 ? "f64" : number == Number::f32 ? "f32" : "bf16";
+  return number == Number::f64 ? "f64" : number == Number::f32 ? "f32" : number == kHalf ? "f16" : "bf16";
 }
 inline int64_t size_of(Number number) { return number == Number::f64 ? 8 : number == Number::f32 ? 4 : 2; }
 // What sums of this type are held in, and the distances from 1 to the next number.
 inline Number compute_of(Number number) { return number == Number::f64 ? Number::f64 : Number::f32; }
 inline double epsilon(Number number) {
-  return number == Number::f64 ? 0x1p-52 : number == Number::f32 ? 0x1p-23 : 0x1p-7;
+  return number == Number::f64 ? 0x1p-52 : number == Number::f32 ? 0x1p-23 : number == kHalf ? 0x1p-10 : 0x1p-7;
 }
 
 inline uint16_t bf16_of(double x) {
@@ -56,9 +58,28 @@ inline double of_bf16(uint16_t half) {
   return single;
 }
 
+inline uint16_t f16_of(double x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  if (x != x) return static_cast<uint16_t>(sign | 0x7e00);
+  const double size = std::fabs(x);
+  if (size >= 65520) return static_cast<uint16_t>(sign | 0x7c00);
+  // In units of the last place, to nearest, ties to even; subnormal numbers have those of 2^-14.
+  const int exponent = size < 0x1p-14 ? -14 : std::ilogb(size);
+  const double units = std::nearbyint(std::ldexp(size, 10 - exponent));
+  return static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + static_cast<int>(units)));
+}
+inline double of_f16(uint16_t half) {
+  const int exponent = half >> 10 & 31, fraction = half & 1023;
+  const double size = exponent == 31  ? (fraction ? NAN : INFINITY)
+                      : exponent == 0 ? std::ldexp(fraction, -24)
+                                      : std::ldexp(1024 + fraction, exponent - 25);
+  return half & 0x8000 ? -size : size;
+}
+
 inline double get(Number number, const void* data, int64_t i) {
   if (number == Number::f64) return static_cast<const double*>(data)[i];
   if (number == Number::f32) return static_cast<const float*>(data)[i];
+  if (number == kHalf) return of_f16(static_cast<const uint16_t*>(data)[i]);
   return of_bf16(static_cast<const uint16_t*>(data)[i]);
 }
 inline void put(Number number, void* data, int64_t i, double x) {
@@ -66,12 +87,16 @@ inline void put(Number number, void* data, int64_t i, double x) {
     static_cast<double*>(data)[i] = x;
   else if (number == Number::f32)
     static_cast<float*>(data)[i] = static_cast<float>(x);
+  else if (number == kHalf)
+    static_cast<uint16_t*>(data)[i] = f16_of(x);
   else
     static_cast<uint16_t*>(data)[i] = bf16_of(x);
 }
 // The nearest number of a type.
 inline double rounded(Number number, double x) {
-  return number == Number::f64 ? x : number == Number::f32 ? static_cast<float>(x) : of_bf16(bf16_of(x));
+  if (number == Number::f64) return x;
+  if (number == Number::f32) return static_cast<float>(x);
+  return number == kHalf ? of_f16(f16_of(x)) : of_bf16(bf16_of(x));
 }
 
 // Uniform in (-1, 1), the same on every machine.
@@ -98,24 +123,28 @@ class Random {
 };
 
 // A heap block that ends where its numbers end, so that AddressSanitizer sees the first byte read past them; and that
-// begins at no vector's alignment.
+// begins at no vector's alignment, or `aligned`, at 16 bytes.
 class Input {
  public:
   Input() = default;
-  Input(Number number, int64_t count)
-      : number_(number), count_(count), block_(new char[static_cast<size_t>((count + 1) * size_of(number))]) {}
+  Input(Number number, int64_t count, bool aligned = false)
+      : number_(number),
+        count_(count),
+        lead_(aligned ? 16 : size_of(number)),
+        block_(new char[static_cast<size_t>(count * size_of(number) + lead_)]) {}
   Input(Number number, const std::vector<double>& values) : Input(number, static_cast<int64_t>(values.size())) {
     for (int64_t i = 0; i < count_; ++i) set(i, values[static_cast<size_t>(i)]);
   }
-  void* data() const { return block_ ? block_.get() + size_of(number_) : nullptr; }
+  void* data() const { return block_ ? block_.get() + lead_ : nullptr; }
   // Null for an absent argument.
   const void* maybe() const { return count_ ? data() : nullptr; }
+  int64_t bytes() const { return count_ * size_of(number_); }
   void set(int64_t i, double x) { put(number_, data(), i, x); }
   double operator[](int64_t i) const { return get(number_, data(), i); }
 
  private:
   Number number_ = Number::f64;
-  int64_t count_ = 0;
+  int64_t count_ = 0, lead_ = 0;
   std::unique_ptr<char[]> block_;
 };
 

@@ -41,8 +41,8 @@ void check_call(const ReadCall& call) {
         ForwardOutputs outputs = call.forward(isa, threads(i), true, save_gates);
         BackwardOutputs gradients = call.backward(isa, threads(i), outputs);
         if (i == 0) {
-          call.check(isa, outputs, truth, same_type);
-          call.check(isa, gradients, truth, same_type);
+          call.check(pyeff::isa_name(isa), outputs, truth, same_type);
+          call.check(pyeff::isa_name(isa), gradients, truth, same_type);
           first = std::move(outputs);
           first_back = std::move(gradients);
         } else {
