@@ -52,18 +52,23 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
     "project": {
         80: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
         90: (_tile("large", 128, 256, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
-        100: (_tile("large", 128, 256, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
+        100: (_tile("large", 128, 128, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
         120: (_tile("large", 128, 128, 32, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
     },
-    "recur": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[90], 120: _RECUR[80]},
+    "recur": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[80], 120: _RECUR[80]},
     "recur_lstm": dict.fromkeys(ARCHITECTURES, _RECUR_LSTM[80]),
     "fused": {
         80: (_units("large", 128, 128, 32, 8, 4),),
         90: (_units("large", 128, 128, 64, 8, 3),),
-        100: (_units("large", 128, 128, 64, 8, 3),),
+        100: (_units("large", 64, 128, 64, 8, 3),),
         120: (_units("large", 128, 128, 32, 8, 4),),
     },
-    "reverse": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[90], 120: _RECUR[80]},
+    "reverse": {
+        80: _RECUR[80],
+        90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 32, 4, 4), _units("small", 16, 64, 64, 4, 3)),
+        100: _RECUR[80],
+        120: _RECUR[80],
+    },
     "reverse_lstm": dict.fromkeys(ARCHITECTURES, _RECUR_LSTM[80]),
     "outer": {
         80: (_outer("large", 128, 128, 32, 8, 3), _outer("small", 64, 64, 32, 4, 3)),
