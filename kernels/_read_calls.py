@@ -10,10 +10,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch, read_backward, read_forward, read_weights
+from . import _launch, configs, read_backward, read_forward, read_weights
 from ._launch import cdiv, given, launch
 from ._tile import CENTRED, GRU, LAYER, LSTM, NONE, RMS, RNN
-from .configs import Config, choose, configs
+from .configs import Config, choose
 
 CELLS = {"rnn": RNN.value, "gru": GRU.value, "lstm": LSTM.value}
 NORMS = {"none": NONE.value, "rms": RMS.value, "layer": LAYER.value}
@@ -60,7 +60,9 @@ class Problem:
 
         Three quarters of the multiprocessors are enough: smaller tiles read the weights more often.
         """
-        found = configs(kernel, self.machine.arch, self.itemsize, regular)
+        found = configs.configs(kernel, self.machine.arch, self.itemsize, regular)
+        if not found:
+            raise RuntimeError(f"every configuration of {kernel} is excluded on sm_{self.machine.arch}")
         if not tokens:
             return found[0]
         wanted = self.machine.multiprocessors * 3 // 4
@@ -77,6 +79,8 @@ class Problem:
         the matrix units, and with few tiles only the product over all layers at once fills the device.
         """
         if self.cell != RNN.value or not self.regular or self.rank % 16:
+            return False
+        if not configs.configs("fused", self.machine.arch, self.itemsize):
             return False
         blocks = self.tile("fused").blocks
         return cdiv(self.tokens, blocks["BLOCK_N"]) * 4 >= self.machine.multiprocessors * 3

@@ -4,13 +4,18 @@ A kernel has one configuration for each class of size, from the largest tiles to
 first that gives every multiprocessor a program, or the last. There is no autotuner: nothing is timed at import or in a
 call, a call's result does not depend on what ran before it, and the number of tokens is part of no key. Each of them is
 compiled ahead of time for its architectures and held to gates: no spills, shared memory within the limit, and matrix
-instructions where 16-bit operands are multiplied.
+instructions where 16-bit operands are multiplied. One that fails a gate on an architecture is listed in excluded.py,
+and is not chosen there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from .excluded import EXCLUDED
 
 ARCHITECTURES = (80, 90, 100, 120)
 # What stands for an architecture where Triton's interpreter runs: tiles as small as its products allow.
@@ -129,7 +134,7 @@ KERNELS = (*_HALF, *_SMALL)
 
 
 def configs(kernel: str, arch: int, itemsize: int, regular: bool = True) -> tuple[Config, ...]:
-    """The configurations of a kernel, from the largest tiles to the smallest.
+    """The configurations of a kernel, from the largest tiles to the smallest, by the name ``kernel/name``.
 
     Args:
         kernel (str): one of ``KERNELS``.
@@ -137,14 +142,36 @@ def configs(kernel: str, arch: int, itemsize: int, regular: bool = True) -> tupl
         itemsize (int): bytes of a weight's number, 2 or 4.
         regular (bool): all rows are whole 16-byte pieces.
     """
-    if kernel in _SMALL:
-        return (_SMALL[kernel],)
+    return _configs(kernel, arch, itemsize, regular, _every)
+
+
+@functools.cache
+def _configs(kernel: str, arch: int, itemsize: int, regular: bool, every: bool) -> tuple[Config, ...]:
     own = kernel.removesuffix("_lstm").removesuffix("_mean")
-    if arch == INTERPRETER:
-        return _INTERPRETED[own]
-    if not regular and own in _ODD:
-        return (_ODD[own],)
-    return _FLOAT[own] if itemsize == 4 else _HALF[kernel][arch]
+    if kernel in _SMALL:
+        found: tuple[Config, ...] = (_SMALL[kernel],)
+    elif arch == INTERPRETER:
+        found = _INTERPRETED[own]
+    elif not regular and own in _ODD:
+        found = (_ODD[own],)
+    else:
+        found = _FLOAT[own] if itemsize == 4 else _HALF[kernel][arch]
+    named = (config._replace(name=f"{kernel}/{config.name}") for config in found)
+    return tuple(config for config in named if every or arch not in EXCLUDED.get(config.name, {}))
+
+
+_every = False
+
+
+@contextlib.contextmanager
+def with_excluded() -> Iterator[None]:
+    """Inside, those that are excluded count, too: for the gates, which have to see that they still fail."""
+    global _every
+    before, _every = _every, True
+    try:
+        yield
+    finally:
+        _every = before
 
 
 def choose(found: tuple[Config, ...], programs: Callable[[dict[str, int]], int], wanted: int) -> Config:
