@@ -1,8 +1,9 @@
 """Where a test of an operation runs: the pairs of backend and device that this machine has.
 
 The definition and the CPU kernels on CPU tensors; where there is a GPU, the definition and its two backends on CUDA
-tensors, too. With PYEFF_EMULATE=1 the GPU's backends alone, emulated on CPU tensors: that is slow, so it is a run of
-its own (``make emulate``), of the tests that are marked ``emulated``. PYEFF_TEST_PLACES=cuda leaves out the CPU.
+tensors, too; PYEFF_TEST_PLACES=cuda leaves out the CPU. With PYEFF_EMULATE=1 the GPU's backends alone, emulated on CPU
+tensors, in a run of its own (``make emulate``). Triton's interpreter is slow: it gets the tests that are marked
+``emulated``, and every test with PYEFF_EMULATE=all.
 
 A test asks for a fixture of ``conftest.py`` (``backend``, ``kernels``, ..), and runs once at each place with that
 backend in force and that device as torch's default one. What depends on the place asks :func:`here`.
@@ -85,10 +86,18 @@ def at(place: Place) -> Iterator[None]:
             torch.set_default_device(None)
 
 
-def does_not_apply(parameters: dict[str, Any]) -> bool:
-    """Whether a test's parameters pair a place with a dtype that nothing computes in there."""
+def does_not_apply(parameters: dict[str, Any], emulated: bool = False) -> bool:
+    """Whether a test with these parameters is left out.
+
+    It is where a place is paired with a dtype that nothing computes in there; and under emulation, where it asks for no
+    place, or for the interpreter without being marked ``emulated``.
+    """
     place = next((value for value in parameters.values() if isinstance(value, Place)), None)
-    return place is not None and parameters.get("dtype", place.dtypes[0]) not in place.dtypes
+    if place is None:
+        return backends.EMULATED
+    if backends.EMULATED and place.backend == "triton" and not emulated and os.environ["PYEFF_EMULATE"] != "all":
+        return True
+    return parameters.get("dtype", place.dtypes[0]) not in place.dtypes
 
 
 def unmet(required: tuple[str, ...] = REQUIRED) -> list[str]:

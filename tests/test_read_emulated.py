@@ -1,7 +1,6 @@
-"""READ at the smallest shapes that reach every path of a GPU's kernel: what `make emulate` runs.
+"""READ at the smallest shapes that reach every path of a GPU's kernel, few enough for Triton's interpreter.
 
-A GPU's kernel takes some milliseconds here for each thousand of its threads, so a call is made once where the other
-files make it over a grid. The same tests run on real devices, where they cost nothing.
+A call is made once where the other files make it over a grid. The same tests run at every other place, too.
 """
 
 from __future__ import annotations
