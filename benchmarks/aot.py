@@ -1,11 +1,11 @@
 """Triton kernels compiled ahead of time, for architectures that this machine need not have.
 
-A kernel file lists what it launches: ``aot_cases()`` yields (name, JIT function, signature, constexprs, num_warps,
-num_stages, expects_matrix) for each configuration. Triton then compiles it for each architecture, without GPU and
-driver, in worker processes (a crash of the compiler is a finding, not the end), and what it takes is kept in
+A kernel file lists what it launches: ``aot_cases()`` yields a :class:`Case` (or what has its fields) for each
+configuration, architecture, and variant of a call that is another program. Triton compiles each of them, without GPU
+and driver, in worker processes (a crash of the compiler is a finding, not the end), and what it takes is kept in
 build/aot-cache by everything that it depends on.
 
-    python -m benchmarks.aot list kernels.read      the names
+    python -m benchmarks.aot list kernels.read      what there is to compile
     python -m benchmarks.aot serve CACHE < jobs     what a worker does: one job a line, one result a line
 
 Only these processes import Triton: the caller may have it loaded as an interpreter.
@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import ptxas
 from .gpus import ARCHITECTURES
@@ -41,81 +41,64 @@ _FORMAT = 1  # of a cached entry; what changes the meaning of one raises it
 
 @dataclass(frozen=True)
 class Job:
-    """One configuration, by name, of the kernels in ``module``, for one architecture."""
+    """The case at ``index`` of those that ``module`` lists, and what is said of it if its compiler dies."""
 
     module: str
-    name: str
+    index: int
+    kernel: str
+    config: str
+    variant: str
     arch: int
 
 
-@dataclass(frozen=True)
-class Case:
-    """A configuration as a kernel file yields it.
+class Case(NamedTuple):
+    """One compilation, for ``triton.compile(ASTSource(kernel, signature, constexprs, attrs), target, options)``.
 
     Args:
-        name (str): ``"kernel/configuration"``: before the slash what is computed (kernel, dtype, cell...), after it
-            how. Configurations of the same kernel stand in for each other.
-        fn (JITFunction): the kernel.
+        name (str): ``"kernel/configuration variant"``. Configurations of the same kernel stand in for each other; a
+            variant is what a call's options make of it, and has no choice.
+        arch (int): compute capability.
+        kernel (JITFunction): the kernel.
         signature (dict): argument -> Triton type (``"*bf16"``, ``"i32"``, ``"constexpr"``, a tuple of these).
         constexprs (dict): argument -> value.
+        attrs (dict): what the launcher promises of arguments, such as divisibility by 16.
         num_warps, num_stages (int): launch options.
-        expects_matrix (bool, str, sequence or dict): whether products go to the tensor cores: True for any of the
-            architecture's, False for none at all, names of :mod:`gpus` for these, a dict for one of these by
-            architecture.
+        matrix (bool): whether 16-bit operands are multiplied; see :meth:`expects`.
     """
 
     name: str
-    fn: Any
-    signature: dict[str, str]
+    arch: int
+    kernel: Any
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], Any]
     num_warps: int
     num_stages: int
-    expects_matrix: Any
+    matrix: bool
 
-    @property
-    def kernel(self) -> str:
-        return self.name.partition("/")[0]
+    def expects(self) -> tuple[str, ...]:
+        """The matrix instructions of which one must be there; ``("none",)`` if there must be none.
 
-    @property
-    def config(self) -> str:
-        return self.name.partition("/")[2]
-
-    def expects(self, arch: int) -> tuple[str, ...]:
-        """The matrix instructions of which one must be there, or ``("none",)``."""
-        wanted = self.expects_matrix.get(arch, False) if isinstance(self.expects_matrix, dict) else self.expects_matrix
-        if wanted is True:
-            return ARCHITECTURES[arch].matrix
-        if not wanted:
-            return (NO_MATRIX,)
-        return (wanted,) if isinstance(wanted, str) else tuple(wanted)
-
-    def attributes(self) -> dict[tuple[int], list[list[Any]]]:
-        """What the launcher would say of well-aligned arguments: divisible by 16, unless the kernel forbids it.
-
-        Aligned pointers and sizes are the usual call, and what decides about vector loads and async copies.
+        The architecture's best where every block of the output (the constants BLOCK_*, but for that of the sum's index)
+        has the 64 rows that wgmma and tcgen05 need; any of them where the tiles are smaller.
         """
-        found = {}
-        for i, parameter in enumerate(self.fn.params):
-            type = self.signature[parameter.name]
-            plain = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-            # A tuple's numbers are left as they are: the kernels put nothing into one that is worth a promise.
-            if not plain and isinstance(type, str) and type.startswith(("*", "i", "u")):
-                found[(i,)] = [["tt.divisibility", 16]]
-        return found
+        if not self.matrix:
+            return (NO_MATRIX,)
+        sides = [v for k, v in self.constexprs.items() if k.startswith("BLOCK_") and k != "BLOCK_K"]
+        known = ARCHITECTURES[self.arch].matrix
+        return known[:1] if sides and min(sides) >= 64 else known
+
+
+def job(module: str, index: int, case: Case) -> Job:
+    """Where a case is found again, by another process."""
+    configuration, _, variant = case.name.partition(" ")
+    kernel, _, config = configuration.partition("/")
+    return Job(module, index, kernel, config, variant, case.arch)
 
 
 def cases(module: str) -> list[Case]:
-    """What ``module`` lists.
-
-    Raises:
-        ValueError: two configurations have the same name, so that an exclusion could mean either.
-    """
-    found = [Case(*entry) for entry in importlib.import_module(module).aot_cases()]
-    names = [case.name for case in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{module}.aot_cases() has several configurations called {', '.join(twice)}")
-    return found
+    """What ``module`` lists, in its order."""
+    return [Case(*case) for case in importlib.import_module(module).aot_cases()]
 
 
 def kernel_modules() -> list[str]:
@@ -124,25 +107,25 @@ def kernel_modules() -> list[str]:
     return [f"kernels.{file.stem}" for file in files if "def aot_cases(" in file.read_text()]
 
 
-def compile_case(case: Case, arch: int, cache: Path) -> Usage:
-    """What one configuration takes on one architecture; from the cache if nothing that it depends on changed."""
+def compile_case(case: Case, this: Job, cache: Path) -> Usage:
+    """What one case takes; from the cache if nothing that it depends on changed."""
     import triton
     from triton.compiler import ASTSource
 
-    source = ASTSource(case.fn, case.signature, case.constexprs, case.attributes())
+    source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    key = f"{_FORMAT} {source.hash()} {sorted(options.items())} {arch} triton {triton.__version__}"
+    key = f"{_FORMAT} {source.hash()} {sorted(options.items())} {case.arch} triton {triton.__version__}"
     entry = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if entry.exists():
         usage = from_plain(json.loads(entry.read_text()))
     else:
-        usage = _compiled(source, options, arch)
+        usage = _compiled(source, options, case.arch)
         cache.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: another process may read or write the same entry.
         aside = entry.with_suffix(f".{os.getpid()}")
         aside.write_text(json.dumps(asdict(usage)))
         aside.replace(entry)
-    return replace(usage, kernel=case.kernel, config=case.config, expects=case.expects(arch))
+    return replace(usage, kernel=this.kernel, config=this.config, variant=this.variant, expects=case.expects())
 
 
 def _compiled(source: Any, options: dict[str, int], arch: int) -> Usage:
@@ -154,7 +137,7 @@ def _compiled(source: Any, options: dict[str, int], arch: int) -> Usage:
         with contextlib.redirect_stdout(log):
             kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # whatever the compiler raises is its answer
-        return Usage("triton", "", "", arch, error=_first_line(error))
+        return Usage("triton", "", "", arch, error=_last_line(error))
     (report,) = ptxas.parse(log.getvalue())
     metadata = kernel.metadata
     return Usage(
@@ -174,7 +157,7 @@ def _compiled(source: Any, options: dict[str, int], arch: int) -> Usage:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
@@ -250,11 +233,11 @@ def run(jobs: Sequence[Job], *, processes: int = PROCESSES, cache: Path = CACHE)
                     i = queue.get_nowait()
                 except Empty:
                     return
-                found[i] = worker.run(jobs[i])
+                this = jobs[i]
+                found[i] = worker.run(this)
                 if found[i] is None:
-                    kernel, _, config = jobs[i].name.partition("/")
                     error = f"the compiler's process died: {worker.last_words()}"
-                    found[i] = Usage("triton", kernel, config, jobs[i].arch, error=error)
+                    found[i] = Usage("triton", this.kernel, this.config, this.arch, this.variant, error=error)
                     worker.close()
                     worker = _Worker(cache)
         finally:
@@ -265,34 +248,35 @@ def run(jobs: Sequence[Job], *, processes: int = PROCESSES, cache: Path = CACHE)
     return [usage for usage in found if usage is not None]
 
 
-def names(modules: Sequence[str]) -> list[tuple[str, str]]:
-    """(module, name) of every configuration of ``modules``.
+def jobs(modules: Sequence[str], architectures: Iterable[int] = tuple(ARCHITECTURES)) -> list[Job]:
+    """Every case of ``modules`` for ``architectures``.
 
     Raises:
         RuntimeError: a module cannot be imported or listed; with what it said.
     """
+    if not modules:
+        return []
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
             _command("list", *modules), capture_output=True, text=True, check=False, env=_environment(scratch), cwd=ROOT
         )
     if done.returncode:
         raise RuntimeError(f"{', '.join(modules)} cannot be listed: {done.stderr.strip()[-2000:]}")
-    return [tuple(entry) for entry in json.loads(done.stdout.splitlines()[-1])]
-
-
-def jobs(modules: Sequence[str], architectures: Iterable[int] = tuple(ARCHITECTURES)) -> list[Job]:
-    """Every configuration of ``modules`` for every architecture."""
-    return [Job(module, name, arch) for module, name in names(modules) for arch in architectures] if modules else []
+    wanted = set(architectures)
+    return [j for j in (Job(**entry) for entry in json.loads(done.stdout.splitlines()[-1])) if j.arch in wanted]
 
 
 def _serve(cache: Path) -> None:
-    known: dict[str, dict[str, Case]] = {}
+    known: dict[str, list[Case]] = {}
     answers, sys.stdout = sys.stdout, sys.stderr  # what a module prints is not an answer
     for line in sys.stdin:
-        job = Job(**json.loads(line))
-        if job.module not in known:
-            known[job.module] = {case.name: case for case in cases(job.module)}
-        usage = compile_case(known[job.module][job.name], job.arch, cache)
+        this = Job(**json.loads(line))
+        if this.module not in known:
+            known[this.module] = cases(this.module)
+        try:
+            usage = compile_case(known[this.module][this.index], this, cache)
+        except Exception as error:  # a case that is wrong in itself, not the compiler's answer to it
+            usage = Usage("triton", this.kernel, this.config, this.arch, this.variant, error=_last_line(error))
         print(json.dumps(asdict(usage)), file=answers, flush=True)
 
 
@@ -300,4 +284,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         _serve(Path(sys.argv[2]))
     else:
-        print(json.dumps([(module, case.name) for module in sys.argv[2:] for case in cases(module)]))
+        listed = [job(module, i, case) for module in sys.argv[2:] for i, case in enumerate(cases(module))]
+        print(json.dumps([asdict(one) for one in listed]))

@@ -73,10 +73,11 @@ def write_exclusions(table: Exclusions, path: Path = EXCLUDED) -> None:
     path.write_text("\n".join([_HEAD, *lines, "}"]) + "\n" if lines else _HEAD + "}\n")
 
 
-def short_reason(problems: str) -> str:
-    """Without the byte counts, which change with every compiler: the first clause of each gate that failed."""
-    kinds = [problem.split(":")[0] for problem in problems.split("; ")]
-    return "; ".join(dict.fromkeys("wgmma serialised" if "Performance Loss" in kind else kind for kind in kinds))
+def short_reason(problems: Sequence[str]) -> str:
+    """Without the byte counts, which change with every compiler and variant: the first clause of each failed gate."""
+    kinds = (problem.split(":")[0] for problem in problems)
+    kinds = ("wgmma serialised" if "Performance Loss" in kind else kind for kind in kinds)
+    return ", ".join(sorted(dict.fromkeys("stack frame" if kind.startswith("stack") else kind for kind in kinds)))
 
 
 def exclusions(usages: Sequence[Usage]) -> dict[str, dict[int, str]]:
@@ -89,11 +90,11 @@ def triton_failures(usages: Sequence[Usage], excluded: Exclusions) -> list[str]:
     """What is wrong between the usages and the table: three ways."""
     failing = resources.failing(usages)
     listed = {(name, arch) for name, reasons in excluded.items() for arch in reasons}
-    known = {(usage.name, usage.arch) for usage in usages}
+    known = {(usage.configuration, usage.arch) for usage in usages}
     found = [
-        f"{name} on sm_{arch} fails a gate and is not excluded: {reason}"
-        for name, reasons in failing.items()
-        for arch, reason in reasons.items()
+        f"{name} on sm_{arch} fails a gate and is not excluded: {'; '.join(sorted(set(problems)))}"
+        for name, by_arch in failing.items()
+        for arch, problems in by_arch.items()
         if (name, arch) not in listed
     ]
     for name, arch in sorted(listed):

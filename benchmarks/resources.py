@@ -34,6 +34,7 @@ class Usage:
         kernel (str): what it computes; configurations of the same kernel stand in for each other.
         config (str): the configuration's name; empty where there is only one.
         arch (int): compute capability.
+        variant (str): what a call's options (cell, dtype...) make of it.
         registers (int): of a thread.
         stack (int): bytes of a thread's stack frame, where spilled registers live, and arrays without registers.
         spill_stores, spill_loads (int): bytes of spills in the code, each counted once.
@@ -51,6 +52,7 @@ class Usage:
     kernel: str
     config: str
     arch: int
+    variant: str = ""
     registers: int = 0
     stack: int = 0
     spill_stores: int = 0
@@ -64,9 +66,14 @@ class Usage:
     error: str = ""
 
     @property
-    def name(self) -> str:
-        """How a table or an exclusion calls the configuration: as its kernel file does."""
+    def configuration(self) -> str:
+        """What an exclusion names: the kernel and its configuration, whatever the variant."""
         return "/".join(filter(None, (self.kernel, self.config)))
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return " ".join(filter(None, (self.configuration, self.variant)))
 
     @property
     def blocks_per_sm(self) -> int | None:
@@ -120,20 +127,29 @@ class Usage:
         return found
 
 
-def failing(usages: Iterable[Usage]) -> dict[str, dict[int, str]]:
-    """Name of a configuration -> architecture -> the gates that it fails there, of those that fail any."""
-    found: dict[str, dict[int, str]] = {}
+def failing(usages: Iterable[Usage]) -> dict[str, dict[int, list[str]]]:
+    """Configuration -> architecture -> the gates that it fails there in some variant, of those that fail any."""
+    found: dict[str, dict[int, list[str]]] = {}
     for usage in usages:
         problems = usage.problems()
         if problems:
-            found.setdefault(usage.name, {})[usage.arch] = "; ".join(problems)
+            found.setdefault(usage.configuration, {}).setdefault(usage.arch, []).extend(problems)
     return found
 
 
 def without_configuration(usages: Sequence[Usage]) -> list[tuple[str, int]]:
-    """The kernels, each with an architecture, of which no configuration passes the gates there."""
-    every = {(usage.kernel, usage.arch) for usage in usages}
-    return sorted(every - {(usage.kernel, usage.arch) for usage in usages if not usage.problems()})
+    """The kernels, each with an architecture, of which no configuration passes the gates there.
+
+    Kernels on tensor cores are apart from those of the same name in float32, which have their own configurations.
+    """
+    bad = {(name, arch) for name, by_arch in failing(usages).items() for arch in by_arch}
+    every, left = set(), set()
+    for usage in usages:
+        key = (usage.kernel, usage.expects == (NO_MATRIX,), usage.arch)
+        every.add(key)
+        if (usage.configuration, usage.arch) not in bad:
+            left.add(key)
+    return sorted({(kernel, arch) for kernel, _, arch in every - left})
 
 
 _HEADER = ["kernel", "registers", "spills", "stack", "shared", "threads", "blocks/SM", "occupancy", "matrix", "gates"]
@@ -152,7 +168,7 @@ def tables(usages: Sequence[Usage], allowed: Iterable[tuple[str, int]] = ()) -> 
 
 def _line(usage: Usage, allowed: set[tuple[str, int]]) -> list[str]:
     problems = usage.problems()
-    known = (usage.name, usage.arch) in allowed
+    known = (usage.configuration, usage.arch) in allowed
     verdict = "pass" if not problems else "; ".join(["excluded" if known else "FAIL", *(p[:70] for p in problems)])
     if usage.error:
         return [usage.name, *["-"] * 8, verdict]

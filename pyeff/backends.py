@@ -61,7 +61,8 @@ if _choice not in (*NAMES, "auto"):
 # same source for the CPU. Only where they are named: this is slow.
 EMULATED = os.environ.get("PYEFF_EMULATE", "0") not in ("", "0")
 if EMULATED:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch may do at any time
+    # Triton decides as it is imported whether it interprets, and torch may import it before a kernel is called.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @dataclass(frozen=True)

@@ -229,11 +229,11 @@ def planted():
 
 
 PLANTED = {
-    "spills/256x256": "spills",
-    "shared/256x128": "shared memory",
-    "tf32/64x64": "matrix instruction: expected none",
+    "spills/256x256 bf16": "spills",
+    "shared/256x128 bf16": "shared memory",
+    "tf32/64x64 fp32": "matrix instruction: expected none",
     "no_matrix/256": "found no matrix instruction",
-    "does_not_compile/256": "does not compile",
+    "broken/256": "does not compile",
 }
 
 
@@ -242,31 +242,31 @@ PLANTED = {
 def test_planted_triton_kernels_fail_their_gate_and_the_good_one_none(planted, arch):
     for name, text in PLANTED.items():
         assert any(text in problem for problem in planted[name, arch].problems()), name
-    good = planted["good/64x64", arch]
+    good = planted["good/64x64 bf16", arch]
     assert good.problems() == []
     assert good.matrix == gpus.ARCHITECTURES[arch].matrix[:1]
     assert good.threads == 128
     assert good.blocks_per_sm >= 1
-    ieee = planted["ieee/64x64", arch]
+    ieee = planted["good/64x64 fp32", arch]
     assert (ieee.problems(), ieee.matrix) == ([], ())
 
 
 @pytest.mark.slow
 def test_planted_triton_kernels_without_a_configuration_are_named(planted):
     kernels = {kernel for kernel, _ in resources.without_configuration(list(planted.values()))}
-    assert kernels == {"shared", "tf32", "no_matrix", "does_not_compile"}
+    assert kernels == {"shared", "tf32", "no_matrix", "broken"}
 
 
 @pytest.mark.slow
 def test_what_was_compiled_is_kept_and_a_change_is_seen(planted, tmp_path):
-    job = aot.Job("tests.planted_kernels", "good/64x64", 80)
-    (first,) = aot.run([job], cache=tmp_path)
-    assert first == planted["good/64x64", 80]
+    jobs = {job.arch: job for job in aot.jobs(["tests.planted_kernels"], [80, 120]) if job.variant == "fp32"}
+    (first,) = aot.run([jobs[80]], cache=tmp_path)
+    assert first == planted[first.name, 80]
     (entry,) = tmp_path.iterdir()
     # What comes from the cache is shown by changing what is in it.
     entry.write_text(entry.read_text().replace(f'"registers": {first.registers}', '"registers": 7'))
-    assert aot.run([job], cache=tmp_path)[0].registers == 7
-    (other,) = aot.run([dataclasses.replace(job, arch=120)], cache=tmp_path)
+    assert aot.run([jobs[80]], cache=tmp_path)[0].registers == 7
+    (other,) = aot.run([jobs[120]], cache=tmp_path)
     assert other.registers != 7
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -275,13 +275,12 @@ def test_what_was_compiled_is_kept_and_a_change_is_seen(planted, tmp_path):
 def test_a_compiler_that_dies_is_a_finding(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     (tmp_path / "dying_kernels.py").write_text(
-        "import os\nfrom tests import planted_kernels\n\n\nclass Dies:\n    params = ()\n"
+        "import os\n\nfrom benchmarks.aot import Case\nfrom tests import planted_kernels\n\n\nclass Dies:\n"
         "    __name__ = property(lambda self: os.abort())\n\n\ndef aot_cases():\n"
-        "    yield 'dies/1', Dies(), {}, {}, 4, 1, False\n    yield from planted_kernels.aot_cases()\n"
+        "    yield Case('dies/1', 80, Dies(), {}, {}, {}, 4, 1, False)\n    yield from planted_kernels.aot_cases()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    jobs = [job for job in aot.jobs(["dying_kernels"], [80]) if job.name in ("dies/1", "good/64x64")]
-    dead, good = aot.run(jobs, processes=1)
+    dead, good = aot.run(aot.jobs(["dying_kernels"], [80])[:2], processes=1)
     assert "process died" in dead.error
     assert good.problems() == []
 
