@@ -1,9 +1,9 @@
 """Where a test of an operation runs: the pairs of backend and device that this machine has.
 
 The definition and the CPU kernels on CPU tensors; where there is a GPU, the definition and its two backends on CUDA
-tensors, too; PYEFF_TEST_PLACES=cuda leaves out the CPU. With PYEFF_EMULATE=1 the GPU's backends alone, emulated on CPU
-tensors, in a run of its own (``make emulate``). Triton's interpreter is slow: it gets the tests that are marked
-``emulated``, and every test with PYEFF_EMULATE=all.
+tensors, too; PYEFF_TEST_PLACES=cuda leaves out the CPU, and the tests that ask for no place. With PYEFF_EMULATE=1 the
+GPU's backends alone, emulated on CPU tensors, in a run of its own (``make emulate``). Triton's interpreter is slow: it
+gets the tests that are marked ``emulated``, and every test with PYEFF_EMULATE=all.
 
 A test asks for a fixture of ``conftest.py`` (``backend``, ``kernels``, ..), and runs once at each place with that
 backend in force and that device as torch's default one. What depends on the place asks :func:`here`.
@@ -89,12 +89,12 @@ def at(place: Place) -> Iterator[None]:
 def does_not_apply(parameters: dict[str, Any], emulated: bool = False) -> bool:
     """Whether a test with these parameters is left out.
 
-    It is where a place is paired with a dtype that nothing computes in there; and under emulation, where it asks for no
-    place, or for the interpreter without being marked ``emulated``.
+    It is where a place is paired with a dtype that nothing computes in there; where it asks for no place, in a run for
+    the others; and where it asks for the interpreter without being marked ``emulated``.
     """
     place = next((value for value in parameters.values() if isinstance(value, Place)), None)
     if place is None:
-        return backends.EMULATED
+        return backends.EMULATED or "PYEFF_TEST_PLACES" in os.environ
     if backends.EMULATED and place.backend == "triton" and not emulated and os.environ["PYEFF_EMULATE"] != "all":
         return True
     return parameters.get("dtype", place.dtypes[0]) not in place.dtypes

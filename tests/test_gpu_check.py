@@ -279,13 +279,28 @@ NCU = """==PROF== Connected to process 1
 """
 
 
-def test_what_is_read_from_the_logs(gpu_check):
+PTXAS = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z5recur' for 'sm_90a'
+ptxas info    : Function properties for _Z5recur
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 1024 bytes smem
+"""
+
+
+def test_what_is_read_from_the_logs(gpu_check, tmp_path):
     assert gpu_check.kernels_of(NCU) == [
         {"kernel": "project", "Duration": "1,012.5 us", "Compute (SM) Throughput": "61.2 %"},
         {"kernel": "recur", "Duration": "310 us"},
         {"kernel": "_project", "Duration": "1.1 ms"},
     ]
     assert gpu_check.kernels_of("==PROF== No kernels were profiled.") == []
+    build = tmp_path / "CMakeFiles" / "read.cu.o.log"
+    build.parent.mkdir()
+    build.write_text(PTXAS)
+    assert gpu_check.resources(tmp_path) == [
+        "_Z5recur sm_90a: 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
+        "_Z5recur sm_90a: Used 168 registers, used 1 barriers, 1024 bytes smem",
+    ]
     said = (
         "========= ERROR SUMMARY: 0 errors\n========= ERROR SUMMARY: 3 errors\n========= RACECHECK SUMMARY: 0 hazards"
     )
