@@ -71,6 +71,7 @@ def test_help_and_wrong_arguments():
     assert check(PYTHON="no-such-python").returncode == 2
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     """Every command is printed; tests are collected, small calls made, a benchmark run and a stored one shown."""
     tools, out = tmp_path / "tools", tmp_path / "out"
@@ -180,6 +181,9 @@ def test_a_part_that_fails_stops_no_other(gpu_run, tmp_path):
     gpu_run.run(parts, tmp_path, time.monotonic() + 60, after=lambda: done.append(1))
     assert [part.status for part in parts] == ["FAILED", "FAILED", "ok", "left out"]
     assert parts[0].reason == "exit status 3"
+    assert parts[0].bad
+    parts[0].optional = True
+    assert not parts[0].bad
     assert "no-such-program" in parts[1].reason
     first = (tmp_path / "one.log").read_text()
     assert "\nfirst\n" in first
@@ -199,9 +203,7 @@ def test_time_limits(gpu_run, tmp_path):
         gpu_run.Part("stubborn", "a", 0.5, "both.log", [shell(gpu_run, stubborn)]),
         gpu_run.Part("quick", "a", 30, "both.log", [shell(gpu_run, "echo quick")]),
     ]
-    start = time.monotonic()
-    gpu_run.run(parts, tmp_path, start + 60)
-    assert time.monotonic() - start < 20
+    gpu_run.run(parts, tmp_path, time.monotonic() + 60)
     assert [part.status for part in parts] == ["TIMEOUT", "TIMEOUT", "ok"]
     text = (tmp_path / "both.log").read_text()
     assert "so far so good" in text
