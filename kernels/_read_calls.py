@@ -46,6 +46,8 @@ class Problem:
         self.tokens, self.layers, self.itemsize = phi[0].numel() // self.width, len(phi), w_ih.element_size()
         self.machine = _launch.machine(w_ih.device)
         self.inputs = _launch.layers_of(phi, dphi, KINDS.__getitem__)
+        # Whether phi's rows, and those of a matrix beside them, are whole 16-byte pieces: as Triton sees it.
+        self.regular = self.width % 16 == 0 and self.inputs.constants["ALIGNED"]
         # The input weights as the kernels multiply by them, once ``fold`` has made them.
         self.weight, self.bias, self.colsum = w_ih, None, None
 
@@ -53,16 +55,21 @@ class Problem:
         """Scratch on the call's device, of T unless said otherwise."""
         return self.w_ih.new_empty(shape, dtype=dtype or self.w_ih.dtype)
 
-    def tile(self, kernel: str, tokens: int = 0, others: int = 1) -> Config:
+    def tile(self, kernel: str, tokens: int = 0, others: int = 1, regular: bool = True) -> Config:
         """The tiles of a kernel that has ``others`` programs for each tile of tokens.
 
-        Three quarters of the multiprocessors are enough: smaller tiles read the weights more often.
+        Three quarters of the multiprocessors are enough: smaller tiles read the weights more often. Rows that are not
+        ``regular``, of whole 16-byte pieces, are loaded number by number through registers: for them the smallest.
         """
-        wanted = max(self.machine.multiprocessors * 3 // 4, 1)
+        wanted = max(self.machine.multiprocessors * 3 // 4, 1) if regular else 1 << 62
         return choose(
             kernel, self.machine.arch, self.itemsize,
-            lambda blocks: cdiv(tokens, blocks["BLOCK_N"]) * others if tokens else wanted, wanted,
+            lambda blocks: cdiv(tokens, blocks["BLOCK_N"]) * others if tokens else 1 << 61, wanted,
         )  # fmt: skip
+
+    def recurrent(self, kernel: str) -> Config:
+        """The tiles of ``recur`` or ``reverse``; the same for all chunks, so that gates come out the same again."""
+        return self.tile(kernel + "_lstm" * (self.cell == LSTM.value), self.tokens, regular=self.rank % 16 == 0)
 
     def fused(self) -> bool:
         """Whether the forward is one kernel: for the RNN, when its tiles of tokens occupy the device.
@@ -70,7 +77,7 @@ class Problem:
         A prediction, not a measurement: with g > 1 gates the accumulators of a fused tile become too narrow to feed
         the matrix units, and with few tiles only the product over all layers at once fills the device.
         """
-        if self.cell != RNN.value:
+        if self.cell != RNN.value or not self.regular or self.rank % 16:
             return False
         blocks = self.tile("fused").blocks
         return cdiv(self.tokens, blocks["BLOCK_N"]) * 4 >= self.machine.multiprocessors * 3
@@ -97,7 +104,7 @@ class Problem:
 
     def project(self, place: Place, stats: Tensor | None) -> None:
         """The input products of all layers, into the place's buffer."""
-        config = self.tile("project", place.count, self.layers)
+        config = self.tile("project", place.count, self.layers, self.regular)
         blocks = config.blocks
         tiles, columns = cdiv(place.count, blocks["BLOCK_N"]), cdiv(self.gates, blocks["BLOCK_M"])
         launch(
@@ -112,7 +119,7 @@ class Problem:
         c_last: Tensor | None, stats: Tensor | None, slots: int, c_slots: int, *, fused: bool, save: bool, replay: bool,
     ) -> None:  # fmt: skip
         """The recurrence; see ``read_forward.recur`` for ``fused``, ``save`` (the gates) and ``replay``."""
-        config = self.tile("fused") if fused else self.tile("recur", self.tokens)
+        config = self.tile("fused") if fused else self.recurrent("recur")
         blocks = config.blocks
         tiles = cdiv(place.count, blocks["BLOCK_N"])
         inputs = (self.inputs.table, self.weight, self.bias, self.colsum, stats) if fused else (None,) * 5
@@ -121,22 +128,19 @@ class Problem:
             read_forward.recur, (tiles * self.layers if replay else tiles,), config, place.buffer, self.w_hh,
             self.b_hh if self.cell == GRU.value else None, self.h0, None if replay else self.c0, h, c, total, out,
             c_last, *inputs, place.first, place.count, self.tokens, self.layers, tiles, self.rank,
-            self.width if fused else 0, slots, c_slots, place.origin, place.room, place.stride, self.eps,
+            self.width if fused else 0, slots, c_slots, place.origin, place.room, self.eps,
             CELL=self.cell, FUSED=fused, REPLAY=replay, SAVE_GATES=save, MEAN=self.mean,
             NORM=self.norm if fused else NONE.value,
             EVEN_WIDTH=fused and self.width % blocks["BLOCK_K"] == 0,
             EVEN_RANK=self.rank % blocks["BLOCK_K"] == 0, **constants,
         )  # fmt: skip
 
-    def reverse_tile(self) -> Config:
-        return self.tile("reverse", self.tokens)
-
     def reverse(
         self, place: Place, da: Tensor, grad_out: Tensor | None, grad_c: Tensor | None, h: Tensor, c: Tensor | None,
         carry: Tensor | None, sums: Tensor | None, dh0: Tensor | None, dc0: Tensor | None,
     ) -> None:  # fmt: skip
         """The recurrence in reverse; the place holds the gates, ``da`` [L, count, wide] what comes out."""
-        config = self.reverse_tile()
+        config = self.recurrent("reverse")
         blocks = config.blocks
         launch(
             read_backward.reverse, (cdiv(place.count, blocks["BLOCK_N"]),), config, grad_out, grad_c, self.w_hh,
@@ -147,7 +151,7 @@ class Problem:
 
     def layer_gradient(self, da: Tensor, stats: Tensor | None, first: int, count: int) -> None:
         """The gradients of the layers that want one."""
-        config = self.tile("layer_gradient", count, self.layers)
+        config = self.tile("layer_gradient", count, self.layers, self.regular and self.rank % 16 == 0)
         blocks = config.blocks
         tiles = cdiv(count, blocks["BLOCK_N"])
         launch(
@@ -189,7 +193,7 @@ class Outer:
     def __init__(self, p: Problem, state: bool, tokens: int) -> None:
         self.p, self.state, self.columns = p, state, p.rank if state else p.width
         self.first_layer = 1 if state and p.h0 is None else 0
-        self.config = p.tile("outer")
+        self.config = p.tile("outer", regular=p.rank % 16 == 0 and (state or p.regular))
         blocks = self.config.blocks
         self.tiles = cdiv(p.gates, blocks["BLOCK_M"]) * cdiv(self.columns, blocks["BLOCK_N"])
         layers = p.layers - self.first_layer

@@ -106,8 +106,8 @@ def gates_product(
     """
     columns = tl.arange(0, BLOCK_K)
     rows = base + offset[:, None]
-    weights = weight + unit.to(tl.int64)[None, :] * width
-    step = tl.cast(gate, tl.int64) * width
+    weights = weight + unit[None, :] * width
+    step = gate * width
     mean = tl.zeros([BLOCK_N], tl.float32)
     shift = tl.zeros([BLOCK_N], tl.float32)
     linear = tl.zeros([BLOCK_N], tl.float32)

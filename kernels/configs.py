@@ -38,45 +38,38 @@ def _outer(name: str, m: int, n: int, k: int, num_warps: int, num_stages: int) -
     return Config(name, {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps, num_stages)
 
 
+_RECUR = {
+    80: (_units("large", 128, 32, 64, 8, 3), _units("medium", 64, 32, 64, 4, 3), _units("small", 16, 64, 64, 4, 3)),
+    90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 64, 4, 3), _units("small", 16, 64, 64, 4, 3)),
+}
+# Four gates: four accumulators, or four gates' gradients at once.
+_RECUR_LSTM = {
+    80: (_units("large", 128, 32, 64, 8, 3), _units("medium", 64, 32, 64, 4, 3), _units("small", 16, 32, 64, 4, 3)),
+}
+
 # 16-bit operands. Stages are what shared memory holds: 163 KB (80), 227 KB (90, 100), 99 KB (120) a block.
 _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
     "project": {
         80: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
-        90: (_tile("large", 128, 256, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
-        100: (_tile("large", 128, 256, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
+        90: (_tile("large", 128, 256, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
+        100: (_tile("large", 128, 256, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
         120: (_tile("large", 128, 128, 32, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
     },
-    "recur": {
-        80: (_units("large", 64, 64, 64, 8, 3), _units("small", 16, 64, 64, 4, 3)),
-        90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 64, 4, 3), _units("small", 16, 64, 64, 4, 3)),
-        100: (
-            _units("large", 128, 64, 64, 8, 3),
-            _units("medium", 64, 64, 64, 4, 3),
-            _units("small", 16, 64, 64, 4, 3),
-        ),
-        120: (_units("large", 64, 64, 64, 8, 2), _units("small", 16, 64, 64, 4, 2)),
-    },
+    "recur": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[90], 120: _RECUR[80]},
+    "recur_lstm": dict.fromkeys(ARCHITECTURES, _RECUR_LSTM[80]),
     "fused": {
-        80: (_units("large", 128, 128, 64, 8, 3),),
-        90: (_units("large", 128, 256, 64, 8, 3),),
-        100: (_units("large", 128, 256, 64, 8, 3),),
-        120: (_units("large", 128, 128, 32, 8, 3),),
+        80: (_units("large", 128, 128, 32, 8, 4),),
+        90: (_units("large", 128, 128, 64, 8, 3),),
+        100: (_units("large", 128, 128, 64, 8, 3),),
+        120: (_units("large", 128, 128, 32, 8, 4),),
     },
-    "reverse": {
-        80: (_units("large", 64, 64, 64, 8, 3), _units("small", 16, 64, 64, 4, 3)),
-        90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 64, 4, 3), _units("small", 16, 64, 64, 4, 3)),
-        100: (
-            _units("large", 128, 64, 64, 8, 3),
-            _units("medium", 64, 64, 64, 4, 3),
-            _units("small", 16, 64, 64, 4, 3),
-        ),
-        120: (_units("large", 64, 64, 64, 8, 3), _units("small", 16, 64, 64, 4, 3)),
-    },
+    "reverse": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[90], 120: _RECUR[80]},
+    "reverse_lstm": dict.fromkeys(ARCHITECTURES, _RECUR_LSTM[80]),
     "outer": {
-        80: (_outer("large", 128, 128, 32, 8, 3),),
-        90: (_outer("large", 128, 128, 64, 8, 3),),
-        100: (_outer("large", 128, 128, 64, 8, 3),),
-        120: (_outer("large", 128, 128, 32, 8, 3),),
+        80: (_outer("large", 128, 128, 32, 8, 3), _outer("small", 64, 64, 32, 4, 3)),
+        90: (_outer("large", 128, 128, 64, 8, 3), _outer("small", 64, 64, 64, 4, 3)),
+        100: (_outer("large", 128, 128, 64, 8, 3), _outer("small", 64, 64, 64, 4, 3)),
+        120: (_outer("large", 128, 128, 32, 8, 3), _outer("small", 64, 64, 32, 4, 3)),
     },
     "layer_gradient": {
         80: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
@@ -127,15 +120,16 @@ def configs(kernel: str, arch: int, itemsize: int) -> tuple[Config, ...]:
     """
     if kernel in _SMALL:
         return (_SMALL[kernel],)
+    own = kernel.removesuffix("_lstm")
     if arch == INTERPRETER:
-        return _INTERPRETED[kernel]
-    return _FLOAT[kernel] if itemsize == 4 else _HALF[kernel][arch]
+        return _INTERPRETED[own]
+    return _FLOAT[own] if itemsize == 4 else _HALF[kernel][arch]
 
 
 def choose(
     kernel: str, arch: int, itemsize: int, programs: Callable[[dict[str, int]], int] | None = None, wanted: int = 1
 ) -> Config:
-    """The first configuration that has at least ``wanted`` programs, or the last; ``programs`` counts by blocks."""
+    """The first configuration that has at least ``wanted`` programs, counted from its blocks; or the last."""
     found = configs(kernel, arch, itemsize)
     if programs is not None:
         for config in found:

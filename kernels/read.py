@@ -48,14 +48,14 @@ def forward(
     with _launch.on(w_ih.device):
         p.fold(bias=True, weights=True)
         slots = c_slots = p.layers
+        total = None
         if states is None:
             states, slots = p.empty(2, p.tokens, p.rank), 2
+            if p.mean:
+                total = out if out.dtype == torch.float32 else p.empty(p.tokens, p.rank, dtype=torch.float32)
         if p.cell == LSTM.value and cells is None:
             # c is carried in place: where it ends is where it is wanted.
             cells, c_slots, ends = p.empty(p.tokens, p.rank) if ends is None else ends, 1, None
-        total = None
-        if p.mean:
-            total = out if out.dtype == torch.float32 else p.empty(p.tokens, p.rank, dtype=torch.float32)
         fused = p.fused()
         scratch = 0 if fused or kept is not None else p.layers * p.gates * p.itemsize
         for first, count in _launch.chunks(p.tokens, scratch):
@@ -103,7 +103,7 @@ def backward(
     with _launch.on(w_ih.device):
         if again or into_phi or into_x:
             p.fold(bias=again, weights=again or into_phi)
-        tile = p.reverse_tile().blocks["BLOCK_N"]
+        tile = p.recurrent("reverse").blocks["BLOCK_N"]
         sums = p.empty(cdiv(p.tokens, tile), p.wide, dtype=torch.float32) if into_sums else None
         carry = None if p.cell == RNN.value else p.empty(p.tokens, p.rank, dtype=torch.float32)
         runs = list(_launch.chunks(p.tokens, p.layers * p.wide * p.itemsize * (2 if again else 1)))
@@ -188,5 +188,17 @@ def _aot_launches(
         for saved in (kept, none):
             gradients = [none if t is None else torch.empty_like(t) for t in inputs]
             dphi = [torch.empty_like(t, dtype=dtype) for t in phi]
-            backward(empty(*state), empty(*state) if lstm else None, phi, *inputs, h, c, saved, stats, *options, dphi, *gradients)
+            backward(
+                empty(*state),
+                empty(*state) if lstm else None,
+                phi,
+                *inputs,
+                h,
+                c,
+                saved,
+                stats,
+                *options,
+                dphi,
+                *gradients,
+            )
     return launches

@@ -8,7 +8,7 @@ cells' as their weights' rows. What is carried from layer to layer, and every su
 import triton
 import triton.language as tl
 
-from ._tile import ENTRY, GRU, LAYER, NONE, RNN, dot, layer_rows, load_columns, tanh, x_gate_row
+from ._tile import ENTRY, GRU, LAYER, LSTM, NONE, RNN, dot, layer_rows, load_columns, tanh, x_gate_row
 
 
 @triton.jit
@@ -45,14 +45,35 @@ def reverse(
     A layer's da is stored and read again by the same program, see ``recur``. Grid: (ceil(count / BLOCK_N),).
     """
     pid = tl.program_id(0)
-    n = first + pid * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = n < first + count
-    n = tl.minimum(n, first + count - 1)
+    # As in ``recur``: 64-bit starts, 32-bit offsets.
+    tile = first + pid * BLOCK_N
+    local = tl.arange(0, BLOCK_N)
+    live = local < first + count - tile
+    local = tl.minimum(local, first + count - 1 - tile)
     wide: tl.constexpr = 1 if CELL == RNN else 4
     state_part: tl.constexpr = 1 if CELL == GRU else 0
-    row = n.to(tl.int64) * rank
-    row_da = (n - first).to(tl.int64) * (wide * rank)
-    row_gates = (n - gates_first).to(tl.int64) * (4 * rank)
+    row = local * rank
+    row_da = local * (wide * rank)
+    start = tl.cast(tile, tl.int64) * rank
+    h += start
+    da += tl.cast(tile - first, tl.int64) * (wide * rank)
+    if h0 is not None:
+        h0 += start
+    if grad_out is not None:
+        grad_out += start
+    if dh0 is not None:
+        dh0 += start
+    if CELL != RNN:
+        gates += tl.cast(tile - gates_first, tl.int64) * (4 * rank)
+        carry += start
+    if CELL == LSTM:
+        c += start
+        if c0 is not None:
+            c0 += start
+        if grad_c is not None:
+            grad_c += start
+        if dc0 is not None:
+            dc0 += start
     step = tl.cast(tokens, tl.int64) * rank
     step_da = tl.cast(room, tl.int64) * (wide * rank)
     step_gates = tl.cast(gates_room, tl.int64) * (4 * rank)
@@ -62,6 +83,16 @@ def reverse(
     steps = layers
     if dh0 is not None:
         steps = layers + 1  # the last one is the product alone
+    if CELL == LSTM:
+        for u0 in range(0, rank, BLOCK_U):
+            u = u0 + units
+            inside = live[:, None] & (u < rank)[None, :]
+            at = row[:, None] + u[None, :]
+            dc = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
+            if grad_c is not None:
+                dc = tl.load(grad_c + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(carry + at, dc, mask=inside)
+        tl.debug_barrier()
     for i in range(steps):
         layer = layers - 1 - i
         depth = tl.where(i > 0, CELL * rank, 0)
@@ -70,31 +101,32 @@ def reverse(
         to = da + now * step_da
         for u0 in range(0, rank, BLOCK_U):
             u = u0 + units
-            inside = live[:, None] & (u < rank)[None, :]
+            real = (u < rank)[None, :]
+            inside = live[:, None] & real
             at = row[:, None] + u[None, :]
             dh = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
             for k0 in range(0, depth, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 left = load_columns(next_da + row_da[:, None] + k[None, :], k, CELL * rank, EVEN_DEPTH)
-                pointers = w_hh + k.to(tl.int64)[:, None] * rank + u[None, :]
+                pointers = w_hh + k[:, None] * rank + u[None, :]
                 right = tl.load(pointers, mask=(k < CELL * rank)[:, None] & (u < rank)[None, :], other=0.0)
                 dh = dot(left, right, dh)
             if CELL == GRU:
-                dh += tl.load(carry + at, mask=inside & (i > 0), other=0.0)
+                dh += tl.load(carry + at, mask=real & (i > 0), other=0.0)
             if layer >= 0:
                 if grad_out is not None:
-                    asked = inside
+                    asked = real
                     if not MEAN:
-                        asked = inside & (i == 0)
+                        asked = real & (i == 0)
                     dh += tl.load(grad_out + at, mask=asked, other=0.0).to(tl.float32) * share
                 segment = to + row_da[:, None] + u[None, :]
                 if CELL == RNN:
-                    state = tl.load(h + layer * step + at, mask=inside, other=0.0).to(tl.float32)
+                    state = tl.load(h + layer * step + at, mask=real, other=0.0).to(tl.float32)
                     _emit(segment, bias_sums, u, dh * (1.0 - state * state), inside, rank, i)
                 else:
                     # Each number is loaded where it is first used, between stores, which the compiler moves no load
                     # across: all at once would not fit the registers.
-                    gate = gates + layer * step_gates + row_gates[:, None] + u[None, :]
+                    gate = gates + layer * step_gates + row_da[:, None] + u[None, :]
                     if CELL == GRU:
                         saved, given = h, h0
                     else:
@@ -105,43 +137,45 @@ def reverse(
                         before = tl.where(layer > 0, before, given)
                         has = layer >= 0
                     if CELL == GRU:
-                        z = tl.load(gate + rank, mask=inside, other=0.0).to(tl.float32)
+                        z = tl.load(gate + rank, mask=real, other=0.0).to(tl.float32)
                         tl.store(carry + at, dh * z, mask=inside)
-                        c_n = tl.load(gate + 2 * rank, mask=inside, other=0.0).to(tl.float32)
-                        state = tl.load(before + at, mask=inside & has, other=0.0).to(tl.float32)
+                        c_n = tl.load(gate + 2 * rank, mask=real, other=0.0).to(tl.float32)
+                        state = tl.load(before + at, mask=real & has, other=0.0).to(tl.float32)
                         value = dh * (state - c_n) * z * (1.0 - z)
                         _emit(segment + 2 * rank, bias_sums, 2 * rank + u, value, inside, 3 * rank, i)
                         dn = dh * (1.0 - z) * (1.0 - c_n * c_n)
                         _emit(segment, bias_sums, u, dn, inside, rank, i)
-                        r = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
+                        r = tl.load(gate, mask=real, other=0.0).to(tl.float32)
                         _emit(segment + 3 * rank, bias_sums, 3 * rank + u, dn * r, inside, 4 * rank, i)
-                        value = tl.load(gate + 3 * rank, mask=inside, other=0.0).to(tl.float32)  # R_n h + b_hn
+                        value = tl.load(gate + 3 * rank, mask=real, other=0.0).to(tl.float32)  # R_n h + b_hn
                         value = dn * value * r * (1.0 - r)
                         _emit(segment + rank, bias_sums, rank + u, value, inside, 2 * rank, i)
                     else:
-                        tanh_c = tanh(tl.load(c + layer * step + at, mask=inside, other=0.0).to(tl.float32))
-                        o = tl.load(gate + 3 * rank, mask=inside, other=0.0).to(tl.float32)
+                        tanh_c = tanh(tl.load(c + layer * step + at, mask=real, other=0.0).to(tl.float32))
+                        o = tl.load(gate + 3 * rank, mask=real, other=0.0).to(tl.float32)
                         value = dh * tanh_c * o * (1.0 - o)
                         _emit(segment + 3 * rank, bias_sums, 3 * rank + u, value, inside, 4 * rank, i)
                         dc = dh * o * (1.0 - tanh_c * tanh_c)
-                        dc += tl.load(carry + at, mask=inside & (i > 0), other=0.0)
-                        if grad_c is not None:
-                            dc += tl.load(grad_c + at, mask=inside & (i == 0), other=0.0).to(tl.float32)
-                        f = tl.load(gate + rank, mask=inside, other=0.0).to(tl.float32)
+                        dc += tl.load(carry + at, mask=real, other=0.0)
+                        f = tl.load(gate + rank, mask=real, other=0.0).to(tl.float32)
                         tl.store(carry + at, dc * f, mask=inside)
-                        if dc0 is not None:
-                            tl.store(dc0 + at, (dc * f).to(dc0.dtype.element_ty), mask=inside & (layer == 0))
-                        state = tl.load(before + at, mask=inside & has, other=0.0).to(tl.float32)
+                        state = tl.load(before + at, mask=real & has, other=0.0).to(tl.float32)
                         value = dc * state * f * (1.0 - f)
                         _emit(segment + rank, bias_sums, rank + u, value, inside, 2 * rank, i)
-                        in_gate = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
-                        g = tl.load(gate + 2 * rank, mask=inside, other=0.0).to(tl.float32)
+                        in_gate = tl.load(gate, mask=real, other=0.0).to(tl.float32)
+                        g = tl.load(gate + 2 * rank, mask=real, other=0.0).to(tl.float32)
                         _emit(segment, bias_sums, u, dc * g * in_gate * (1.0 - in_gate), inside, rank, i)
                         value = dc * in_gate * (1.0 - g * g)
                         _emit(segment + 2 * rank, bias_sums, 2 * rank + u, value, inside, 3 * rank, i)
             elif dh0 is not None:
                 tl.store(dh0 + at, dh.to(dh0.dtype.element_ty), mask=inside)
         tl.debug_barrier()
+    if dc0 is not None:
+        for u0 in range(0, rank, BLOCK_U):
+            u = u0 + units
+            inside = live[:, None] & (u < rank)[None, :]
+            at = row[:, None] + u[None, :]
+            tl.store(dc0 + at, tl.load(carry + at, mask=inside, other=0.0).to(dc0.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first", "count", "tokens", "layers", "tiles", "room"])
@@ -193,7 +227,7 @@ def layer_gradient(
             for k0 in range(0, CELL * rank, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 left = load_columns(da + row_da[:, None] + k[None, :], k, CELL * rank, EVEN_DEPTH)
-                pointers = weight + x_gate_row(k, rank, CELL).to(tl.int64)[:, None] * width + m[None, :]
+                pointers = weight + x_gate_row(k, rank, CELL)[:, None] * width + m[None, :]
                 right = tl.load(pointers, mask=(k < CELL * rank)[:, None] & (m < width)[None, :], other=0.0)
                 u = dot(left, right, u)
             tl.store(to + m[None, :], u.to(kind), mask=inside)

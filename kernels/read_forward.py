@@ -148,8 +148,8 @@ def _state_product(
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         h = load_columns(before + row[:, None] + k[None, :], k, rank, EVEN_RANK)
-        at = w_hh + unit.to(tl.int64)[None, :] * rank + k[:, None]
-        step = rank.to(tl.int64) * rank
+        at = w_hh + unit[None, :] * rank + k[:, None]
+        step = rank * rank
         acc0 = dot(h, load_rows(at, k, rank, EVEN_RANK), acc0)
         if G > 1:
             acc1 = dot(h, load_rows(at + step, k, rank, EVEN_RANK), acc1)
@@ -159,19 +159,10 @@ def _state_product(
     return acc0, acc1, acc2, acc3
 
 
-@triton.jit
-def _save(gates, rank, a, b, c, d, inside):
-    kind = gates.dtype.element_ty
-    tl.store(gates, a.to(kind), mask=inside)
-    tl.store(gates + rank, b.to(kind), mask=inside)
-    tl.store(gates + 2 * rank, c.to(kind), mask=inside)
-    tl.store(gates + 3 * rank, d.to(kind), mask=inside)
-
-
 @triton.jit(do_not_specialize=["first", "count", "tokens", "layers", "tiles", "slots", "c_slots", "pre_first", "room"])
 def recur(
     pre, w_hh, b_hh, h0, c0, h, c, total, out, c_last, table, weight, bias, colsum, stats,
-    first, count, tokens, layers, tiles, rank, width, slots, c_slots, pre_first, room, pre_stride, eps,
+    first, count, tokens, layers, tiles, rank, width, slots, c_slots, pre_first, room, eps,
     CELL: tl.constexpr, FUSED: tl.constexpr, REPLAY: tl.constexpr, SAVE_GATES: tl.constexpr, MEAN: tl.constexpr,
     NORM: tl.constexpr, PHI: tl.constexpr, ALIGNED: tl.constexpr, FLAT: tl.constexpr, EVEN_WIDTH: tl.constexpr,
     EVEN_RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -179,12 +170,13 @@ def recur(
     """The recurrence of a tile of tokens over all layers: h_l = cell(pre_l, h_{l-1}).
 
     Args:
-        pre: [L, room, pre_stride] T, the projected inputs of tokens from ``pre_first`` on, each row its gates' first
-            g r numbers; with SAVE_GATES the gates as the backward wants them replace them (GRU r, z, n, R_n h + b_hn;
-            LSTM i, f, g, o; pre_stride is then 4 r). None with FUSED, unless gates are saved.
+        pre: [L, room, g r] T, the projected inputs of tokens from ``pre_first`` on; with SAVE_GATES [L, room, 4 r],
+            where the gates as the backward wants them (GRU r, z, n, R_n h + b_hn; LSTM i, f, g, o) replace the inputs.
+            None with FUSED.
         w_hh: [g r, r] T; b_hh [g r] T, read for the GRU's candidate only, or None; h0, c0 [N, r] T or None.
         h: [slots, N, r] T, out: layer l's states at slot l mod slots. c: [c_slots, N, r] T, likewise, for the LSTM.
-        total: [N, r] float32, scratch: the running sum of the states (MEAN). May be ``out`` itself.
+        total: [N, r] float32, scratch: the running sum of the states, for MEAN where h does not keep them all; None
+            elsewhere. May be ``out`` itself.
         out: [N, r] T, out: the mean of the states, or the last. c_last: [N, r] T, out, or None.
         table, weight, bias, colsum, stats: as for :func:`project`; FUSED computes the inputs here and needs them.
 
@@ -205,22 +197,35 @@ def recur(
         begin = pid // tiles
         end = begin + 1
         pid = pid % tiles
-    n = first + pid * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = n < first + count
-    n = tl.minimum(n, first + count - 1)
-    row = n.to(tl.int64) * rank
-    row_pre = (n - pre_first).to(tl.int64) * pre_stride
+    # A tile's own start is a 64-bit scalar, so that its elements' offsets, of which there are many, need 32 bits only.
+    tile = first + pid * BLOCK_N
+    local = tl.arange(0, BLOCK_N)
+    live = local < first + count - tile
+    clamped = tl.minimum(local, first + count - 1 - tile)
+    row = local * rank
+    wide: tl.constexpr = 4 if SAVE_GATES else CELL
+    start = tl.cast(tile, tl.int64) * rank
+    if total is not None:
+        total += start
+    if CELL == LSTM and not REPLAY:
+        c += start
+        if c0 is not None:
+            c0 += start
+    if pre is not None:
+        pre += tl.cast(tile - pre_first, tl.int64) * (wide * rank)
+    row_pre = row * wide
     step = tl.cast(tokens, tl.int64) * rank
-    step_pre = tl.cast(room, tl.int64) * pre_stride
+    step_pre = tl.cast(room, tl.int64) * (wide * rank)
     units = tl.arange(0, BLOCK_U)
+    kind = h.dtype.element_ty
     for layer in range(begin, end):
-        before = h + tl.maximum(layer - 1, 0) % slots * step
+        before = h + (tl.maximum(layer - 1, 0) % slots * step + start)
         depth = tl.where(layer > 0, rank, 0)
         if h0 is not None:
-            before = tl.where(layer > 0, before, h0)
+            before = tl.where(layer > 0, before, h0 + start)
             depth = tl.where(layer > 0, depth, rank)
         if FUSED:
-            base, offset = layer_rows(table, layer, n, PHI, ALIGNED, FLAT)
+            base, offset = layer_rows(table, layer, tile + clamped, PHI, ALIGNED, FLAT)
         for u0 in range(0, rank, BLOCK_U):
             u = u0 + units
             unit = tl.minimum(u, rank - 1)
@@ -235,17 +240,17 @@ def recur(
                     base, offset, weight, unit, rank, colsum, width, eps, acc0, acc1, acc2, acc3,
                     CELL, NORM, EVEN_WIDTH, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
+                if stats is not None:
+                    of = tl.cast(layer, tl.int64) * tokens + tile + local
+                    tl.store(stats + of, rstd, mask=live)
+                    if NORM >= LAYER:
+                        tl.store(stats + (tl.cast(layers, tl.int64) * tokens + of), mean, mask=live)
                 acc0 += tl.load(bias + unit)[None, :]
                 if CELL >= GRU:
                     acc1 += tl.load(bias + rank + unit)[None, :]
                     acc2 += tl.load(bias + 2 * rank + unit)[None, :]
                 if CELL == LSTM:
                     acc3 += tl.load(bias + 3 * rank + unit)[None, :]
-                if stats is not None:
-                    of = tl.cast(layer, tl.int64) * tokens + n
-                    tl.store(stats + of, rstd, mask=live & (u0 == 0))
-                    if NORM >= LAYER:
-                        tl.store(stats + layers.to(tl.int64) * tokens + of, mean, mask=live & (u0 == 0))
             else:
                 # The accumulators start from the inputs, so that these are on their way while the product's first
                 # operands are.
@@ -261,46 +266,82 @@ def recur(
                 if b_hh is not None:
                     acc2 += tl.load(b_hh + 2 * rank + unit).to(tl.float32)[None, :]
             acc0, acc1, acc2, acc3 = _state_product(
-                before, row, w_hh, unit, rank, depth, acc0, acc1, acc2, acc3, CELL, EVEN_RANK, BLOCK_K
+                before, clamped * rank, w_hh, unit, rank, depth, acc0, acc1, acc2, acc3, CELL, EVEN_RANK, BLOCK_K
             )
             if SAVE_GATES:
                 # The gates replace the inputs: every thread has read its own by then.
                 tl.debug_barrier()
+            # Each gate is stored as soon as it is known, so that no more than they must are in registers at once.
             if CELL == RNN:
                 new = tanh(acc0)
             elif CELL == GRU:
+                if SAVE_GATES:
+                    tl.store(gates + 3 * rank, acc2.to(kind), mask=inside)
                 acc0 = sigmoid(acc0)
+                if SAVE_GATES:
+                    tl.store(gates, acc0.to(kind), mask=inside)
                 x2 = tanh(x2 + acc0 * acc2)
+                if SAVE_GATES:
+                    tl.store(gates + 2 * rank, x2.to(kind), mask=inside)
                 acc1 = sigmoid(acc1)
                 if SAVE_GATES:
-                    _save(gates, rank, acc0, acc1, x2, acc2, inside)
+                    tl.store(gates + rank, acc1.to(kind), mask=inside)
                 state = tl.load(before + at, mask=inside & (depth > 0), other=0.0).to(tl.float32)
                 new = x2 + acc1 * (state - x2)
             else:
-                acc0 = sigmoid(acc0)
                 acc1 = sigmoid(acc1)
-                acc2 = tanh(acc2)
-                acc3 = sigmoid(acc3)
                 if SAVE_GATES:
-                    _save(gates, rank, acc0, acc1, acc2, acc3, inside)
+                    tl.store(gates + rank, acc1.to(kind), mask=inside)
                 if not REPLAY:
                     c_before = c + tl.maximum(layer - 1, 0) % c_slots * step
                     has = layer > 0
                     if c0 is not None:
                         c_before = tl.where(has, c_before, c0)
                         has = layer >= 0
-                    state = tl.load(c_before + at, mask=inside & has, other=0.0).to(tl.float32)
-                    state = acc1 * state + acc0 * acc2
+                    state = acc1 * tl.load(c_before + at, mask=inside & has, other=0.0).to(tl.float32)
+                acc0 = sigmoid(acc0)
+                if SAVE_GATES:
+                    tl.store(gates, acc0.to(kind), mask=inside)
+                acc2 = tanh(acc2)
+                if SAVE_GATES:
+                    tl.store(gates + 2 * rank, acc2.to(kind), mask=inside)
+                acc3 = sigmoid(acc3)
+                if SAVE_GATES:
+                    tl.store(gates + 3 * rank, acc3.to(kind), mask=inside)
+                if not REPLAY:
+                    state += acc0 * acc2
                     new = acc3 * tanh(state)
-                    tl.store(c + layer % c_slots * step + at, state.to(c.dtype.element_ty), mask=inside)
-                    if c_last is not None:
-                        tl.store(c_last + at, state.to(c.dtype.element_ty), mask=inside & (layer == layers - 1))
+                    tl.store(c + layer % c_slots * step + at, state.to(kind), mask=inside)
             if not REPLAY:
-                tl.store(h + layer % slots * step + at, new.to(h.dtype.element_ty), mask=inside)
-                last = inside & (layer == layers - 1)
-                if MEAN:
-                    new += tl.load(total + at, mask=inside & (layer > 0), other=0.0)
-                    tl.store(total + at, new, mask=inside & (layer < layers - 1))
-                    new = new / layers
-                tl.store(out + at, new.to(out.dtype.element_ty), mask=last)
+                # A mean is over the states as they are kept, like the definition's.
+                state = new.to(kind)
+                tl.store(h + (layer % slots * step + start) + at, state, mask=inside)
+                if total is not None:
+                    sums = tl.load(total + at, mask=inside & (layer > 0), other=0.0)
+                    tl.store(total + at, sums + state.to(tl.float32), mask=inside)
         tl.debug_barrier()
+    if not REPLAY:
+        # Apart from the loop above, where the registers are taken.
+        out += start
+        if c_last is not None:
+            c_last += start
+        for u0 in range(0, rank, BLOCK_U):
+            u = u0 + units
+            inside = live[:, None] & (u < rank)[None, :]
+            at = row[:, None] + u[None, :]
+            if total is not None:
+                mean = tl.load(total + at, mask=inside, other=0.0) / layers
+                tl.store(out + at, mean.to(kind), mask=inside)
+            elif MEAN:
+                mean = tl.zeros([BLOCK_N, BLOCK_U], tl.float32)
+                for group in range(0, layers, 4):
+                    # Four loads at a time are on their way.
+                    for i in tl.static_range(4):
+                        of = h + (tl.cast(group + i, tl.int64) * step + start) + at
+                        mean += tl.load(of, mask=inside & (group + i < layers), other=0.0).to(tl.float32)
+                tl.store(out + at, (mean / layers).to(kind), mask=inside)
+            else:
+                of = h + ((layers - 1) % slots * step + start) + at
+                tl.store(out + at, tl.load(of, mask=inside, other=0.0), mask=inside)
+            if c_last is not None:
+                tl.store(c_last + at, tl.load(c + (layers - 1) % c_slots * step + at, mask=inside), mask=inside)
