@@ -31,12 +31,17 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--match", default="", help="only cases with all these words")
     parser.add_argument("--budget", type=float, default=0.0, help="begin no case after so many seconds; 0: no limit")
     parser.add_argument("--json", type=Path, help="write the result here after each case; a folder gets DEVICE.json")
+    parser.add_argument("--with", dest="contenders", default="", help="only these contenders, with commas between")
+    parser.add_argument("--from", dest="stored", type=Path, help="show this result and run nothing")
     parser.add_argument("--compile-only", action="store_true", help="fill the compiler's cache and measure nothing")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = options().parse_args(arguments)
+    if given.stored:
+        print(report.text(results.load(given.stored)))
+        return 0
     device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
     select = registry.Selection(given.size, device, given.match)
     try:
@@ -45,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         options().error(str(error))
     if not cases:
         options().error(f"no case has all of {given.match!r}")
+    if wanted := set(filter(None, given.contenders.split(","))):
+        cases = [dataclasses.replace(c, contenders=tuple(k for k in c.contenders if k.name in wanted)) for c in cases]
     if given.compile_only:
         runner.compile_only(cases)
         return 0

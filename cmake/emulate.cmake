@@ -7,7 +7,8 @@ add_library(pyeff_emulator OBJECT EXCLUDE_FROM_ALL ${PYEFF_EMULATOR})
 target_link_libraries(pyeff_emulator PRIVATE pyeff_flags)
 target_compile_options(pyeff_emulator PRIVATE -O2)
 if(PYEFF_SANITIZE MATCHES "thread")
-  target_compile_options(pyeff_emulator PRIVATE -fno-sanitize=thread)
+  # On the sources, because those options come last.
+  set_source_files_properties(${PYEFF_EMULATOR} PROPERTIES COMPILE_OPTIONS -fno-sanitize=thread)
   target_compile_definitions(pyeff_emulator PRIVATE PYEFF_TSAN)
 endif()
 

@@ -64,7 +64,7 @@ def cases(launches: list[Launch], arch: int, label: str) -> Iterator[AotCase]:
             constants[name] = value
         halves = any(kind in ("*bf16", "*fp16") for kind in signature.values())
         yield AotCase(
-            name=f"{kernel.__name__}-{launch.config.name}-{label}",
+            name=f"{launch.config.name} {label}",
             arch=arch,
             kernel=kernel,
             signature=signature,

@@ -33,6 +33,7 @@ class Launch(NamedTuple):
     config: Config
     args: tuple[Any, ...]
     constants: dict[str, Any]
+    grid: tuple[int, ...]
 
 
 _recording: tuple[Machine, list[Launch]] | None = None
@@ -69,7 +70,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **con
     """Calls a kernel with the blocks, warps and stages of a configuration."""
     constants |= config.blocks
     if _recording is not None:
-        _recording[1].append(Launch(kernel, config, args, constants))
+        _recording[1].append(Launch(kernel, config, args, constants, grid))
         return
     kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch, read_backward, read_forward, read_weights
+from . import _launch, configs, read_backward, read_forward, read_weights
 from ._launch import cdiv, given, launch
 from ._tile import CENTRED, GRU, LAYER, LSTM, NONE, RMS, RNN
 from .configs import Config, choose
@@ -56,16 +56,17 @@ class Problem:
         return self.w_ih.new_empty(shape, dtype=dtype or self.w_ih.dtype)
 
     def tile(self, kernel: str, tokens: int = 0, others: int = 1, regular: bool = True) -> Config:
-        """The tiles of a kernel that has ``others`` programs for each tile of tokens.
+        """The tiles of a kernel that has ``others`` programs for each tile of tokens; the largest where 0 are named.
 
-        Three quarters of the multiprocessors are enough: smaller tiles read the weights more often. Rows that are not
-        ``regular``, of whole 16-byte pieces, are loaded number by number through registers: for them the smallest.
+        Three quarters of the multiprocessors are enough: smaller tiles read the weights more often.
         """
-        wanted = max(self.machine.multiprocessors * 3 // 4, 1) if regular else 1 << 62
-        return choose(
-            kernel, self.machine.arch, self.itemsize,
-            lambda blocks: cdiv(tokens, blocks["BLOCK_N"]) * others if tokens else 1 << 61, wanted,
-        )  # fmt: skip
+        found = configs.configs(kernel, self.machine.arch, self.itemsize, regular)
+        if not found:
+            raise RuntimeError(f"every configuration of {kernel} is excluded on sm_{self.machine.arch}")
+        if not tokens:
+            return found[0]
+        wanted = self.machine.multiprocessors * 3 // 4
+        return choose(found, lambda blocks: cdiv(tokens, blocks["BLOCK_N"]) * others, wanted)
 
     def recurrent(self, kernel: str) -> Config:
         """The tiles of ``recur`` or ``reverse``; the same for all chunks, so that gates come out the same again."""
@@ -78,6 +79,8 @@ class Problem:
         the matrix units, and with few tiles only the product over all layers at once fills the device.
         """
         if self.cell != RNN.value or not self.regular or self.rank % 16:
+            return False
+        if not configs.configs("fused", self.machine.arch, self.itemsize):
             return False
         blocks = self.tile("fused").blocks
         return cdiv(self.tokens, blocks["BLOCK_N"]) * 4 >= self.machine.multiprocessors * 3
@@ -104,7 +107,7 @@ class Problem:
 
     def project(self, place: Place, stats: Tensor | None) -> None:
         """The input products of all layers, into the place's buffer."""
-        config = self.tile("project", place.count, self.layers, self.regular)
+        config = self.tile("project", self.tokens, self.layers, self.regular)
         blocks = config.blocks
         tiles, columns = cdiv(place.count, blocks["BLOCK_N"]), cdiv(self.gates, blocks["BLOCK_M"])
         launch(
@@ -151,7 +154,8 @@ class Problem:
 
     def layer_gradient(self, da: Tensor, stats: Tensor | None, first: int, count: int) -> None:
         """The gradients of the layers that want one."""
-        config = self.tile("layer_gradient", count, self.layers, self.regular and self.rank % 16 == 0)
+        kernel = "layer_gradient" + "_mean" * (self.norm >= LAYER.value)
+        config = self.tile(kernel, self.tokens, self.layers, self.regular and self.rank % 16 == 0)
         blocks = config.blocks
         tiles = cdiv(count, blocks["BLOCK_N"])
         launch(

@@ -4,13 +4,18 @@ A kernel has one configuration for each class of size, from the largest tiles to
 first that gives every multiprocessor a program, or the last. There is no autotuner: nothing is timed at import or in a
 call, a call's result does not depend on what ran before it, and the number of tokens is part of no key. Each of them is
 compiled ahead of time for its architectures and held to gates: no spills, shared memory within the limit, and matrix
-instructions where 16-bit operands are multiplied.
+instructions where 16-bit operands are multiplied. One that fails a gate on an architecture is listed in excluded.py,
+and is not chosen there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from .excluded import EXCLUDED
 
 ARCHITECTURES = (80, 90, 100, 120)
 # What stands for an architecture where Triton's interpreter runs: tiles as small as its products allow.
@@ -52,18 +57,23 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
     "project": {
         80: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
         90: (_tile("large", 128, 256, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
-        100: (_tile("large", 128, 256, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
+        100: (_tile("large", 128, 128, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
         120: (_tile("large", 128, 128, 32, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
     },
-    "recur": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[90], 120: _RECUR[80]},
+    "recur": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[80], 120: _RECUR[80]},
     "recur_lstm": dict.fromkeys(ARCHITECTURES, _RECUR_LSTM[80]),
     "fused": {
         80: (_units("large", 128, 128, 32, 8, 4),),
         90: (_units("large", 128, 128, 64, 8, 3),),
-        100: (_units("large", 128, 128, 64, 8, 3),),
+        100: (_units("large", 64, 128, 64, 8, 3),),
         120: (_units("large", 128, 128, 32, 8, 4),),
     },
-    "reverse": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[90], 120: _RECUR[80]},
+    "reverse": {
+        80: _RECUR[80],
+        90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 32, 4, 4), _units("small", 16, 64, 64, 4, 3)),
+        100: _RECUR[80],
+        120: _RECUR[80],
+    },
     "reverse_lstm": dict.fromkeys(ARCHITECTURES, _RECUR_LSTM[80]),
     "outer": {
         80: (_outer("large", 128, 128, 32, 8, 3), _outer("small", 64, 64, 32, 4, 3)),
@@ -77,6 +87,19 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
         100: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
         120: (_tile("large", 128, 64, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
     },
+    # The layer norm's: one more sum, and a mean.
+    "layer_gradient_mean": dict.fromkeys(
+        ARCHITECTURES, (_tile("large", 128, 64, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3))
+    ),
+}
+
+# Rows that are not whole 16-byte pieces come number by number, through registers: small tiles, for all architectures.
+_ODD: dict[str, Config] = {
+    "project": _tile("odd", 32, 32, 32, 4, 1),
+    "recur": _units("odd", 16, 16, 32, 4, 1),
+    "reverse": _units("odd", 16, 16, 32, 4, 1),
+    "outer": _outer("odd", 32, 32, 32, 4, 1),
+    "layer_gradient": _tile("odd", 16, 32, 32, 4, 1),
 }
 
 # float32 is multiplied as such, by fused multiply-adds: accumulators are the limit, the same everywhere.
@@ -110,32 +133,50 @@ _INTERPRETED: dict[str, tuple[Config, ...]] = {
 KERNELS = (*_HALF, *_SMALL)
 
 
-def configs(kernel: str, arch: int, itemsize: int) -> tuple[Config, ...]:
-    """The configurations of a kernel, from the largest tiles to the smallest.
+def configs(kernel: str, arch: int, itemsize: int, regular: bool = True) -> tuple[Config, ...]:
+    """The configurations of a kernel, from the largest tiles to the smallest, by the name ``kernel/name``.
 
     Args:
         kernel (str): one of ``KERNELS``.
         arch (int): one of ``ARCHITECTURES``, or ``INTERPRETER``.
         itemsize (int): bytes of a weight's number, 2 or 4.
+        regular (bool): all rows are whole 16-byte pieces.
     """
+    return _configs(kernel, arch, itemsize, regular, _every)
+
+
+@functools.cache
+def _configs(kernel: str, arch: int, itemsize: int, regular: bool, every: bool) -> tuple[Config, ...]:
+    own = kernel.removesuffix("_lstm").removesuffix("_mean")
     if kernel in _SMALL:
-        return (_SMALL[kernel],)
-    own = kernel.removesuffix("_lstm")
-    if arch == INTERPRETER:
-        return _INTERPRETED[own]
-    return _FLOAT[own] if itemsize == 4 else _HALF[kernel][arch]
+        found: tuple[Config, ...] = (_SMALL[kernel],)
+    elif arch == INTERPRETER:
+        found = _INTERPRETED[own]
+    elif not regular and own in _ODD:
+        found = (_ODD[own],)
+    else:
+        found = _FLOAT[own] if itemsize == 4 else _HALF[kernel][arch]
+    named = (config._replace(name=f"{kernel}/{config.name}") for config in found)
+    return tuple(config for config in named if every or arch not in EXCLUDED.get(config.name, {}))
 
 
-def choose(
-    kernel: str, arch: int, itemsize: int, programs: Callable[[dict[str, int]], int] | None = None, wanted: int = 1
-) -> Config:
+_every = False
+
+
+@contextlib.contextmanager
+def with_excluded() -> Iterator[None]:
+    """Inside, those that are excluded count, too: for the gates, which have to see that they still fail."""
+    global _every
+    before, _every = _every, True
+    try:
+        yield
+    finally:
+        _every = before
+
+
+def choose(found: tuple[Config, ...], programs: Callable[[dict[str, int]], int], wanted: int) -> Config:
     """The first configuration that has at least ``wanted`` programs, counted from its blocks; or the last."""
-    found = configs(kernel, arch, itemsize)
-    if programs is not None:
-        for config in found:
-            if programs(config.blocks) >= wanted:
-                return config
-    return found[-1]
+    return next((config for config in found if programs(config.blocks) >= wanted), found[-1])
 
 
 def supported(major: int, minor: int) -> int:

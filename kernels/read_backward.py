@@ -200,21 +200,24 @@ def layer_gradient(
     layer = pid // tiles
     address = tl.load(table + layer * ENTRY + 4)
     if address != 0:
-        n = first + (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        live = n < first + count
-        n = tl.minimum(n, first + count - 1)
+        tile = first + pid % tiles * BLOCK_N
+        local = tl.arange(0, BLOCK_N)
+        live = local < first + count - tile
+        local = tl.minimum(local, first + count - 1 - tile)
         wide: tl.constexpr = 1 if CELL == RNN else 4
-        base, offset = layer_rows(table, layer, n, PHI, ALIGNED, FLAT)
+        base, offset = layer_rows(table, layer, tile + local, PHI, ALIGNED, FLAT)
         kind = weight.dtype.element_ty
         to = address.to(tl.pointer_type(kind))
         if ALIGNED:
             to = tl.multiple_of(to, 16)
-        to += n.to(tl.int64)[:, None] * width
-        row_da = (layer.to(tl.int64) * room + (n - first)) * (wide * rank)
+        to += tl.cast(tile, tl.int64) * width
+        row = local * width
+        da += (layer.to(tl.int64) * room + (tile - first)) * (wide * rank)
+        row_da = local * (wide * rank)
         rstd = tl.full([BLOCK_N], 1.0, tl.float32)
         mean = tl.zeros([BLOCK_N], tl.float32)
         if NORM != NONE:
-            at = layer.to(tl.int64) * tokens + n
+            at = layer.to(tl.int64) * tokens + tile + local
             rstd = tl.load(stats + at)
             if NORM >= LAYER:
                 mean = tl.load(stats + layers.to(tl.int64) * tokens + at)
@@ -230,7 +233,7 @@ def layer_gradient(
                 pointers = weight + x_gate_row(k, rank, CELL)[:, None] * width + m[None, :]
                 right = tl.load(pointers, mask=(k < CELL * rank)[:, None] & (m < width)[None, :], other=0.0)
                 u = dot(left, right, u)
-            tl.store(to + m[None, :], u.to(kind), mask=inside)
+            tl.store(to + row[:, None] + m[None, :], u.to(kind), mask=inside)
             if NORM != NONE:
                 x = tl.load(base + offset[:, None] + m[None, :], mask=(m < width)[None, :], other=0.0).to(tl.float32)
                 x = tl.where((m < width)[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
@@ -244,8 +247,8 @@ def layer_gradient(
             for m0 in range(0, width, BLOCK_M):
                 m = m0 + tl.arange(0, BLOCK_M)
                 inside = live[:, None] & (m < width)[None, :]
-                u = tl.load(to + m[None, :], mask=inside, other=0.0).to(tl.float32)
+                u = tl.load(to + row[:, None] + m[None, :], mask=inside, other=0.0).to(tl.float32)
                 x = tl.load(base + offset[:, None] + m[None, :], mask=inside, other=0.0).to(tl.float32)
                 x = (x - mean[:, None]) * rstd[:, None]
                 u = (u - sum_u[:, None] - x * sum_ux[:, None]) * rstd[:, None]
-                tl.store(to + m[None, :], u.to(kind), mask=inside)
+                tl.store(to + row[:, None] + m[None, :], u.to(kind), mask=inside)

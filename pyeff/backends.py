@@ -60,6 +60,9 @@ if _choice not in (*NAMES, "auto"):
 # For tests: the GPU's kernels serve CPU tensors, Triton's by its interpreter and those of CUDA C++ by a build of the
 # same source for the CPU. Only where they are named: this is slow.
 EMULATED = os.environ.get("PYEFF_EMULATE", "0") not in ("", "0")
+if EMULATED:
+    # Triton decides as it is imported whether it interprets, and torch may import it before a kernel is called.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,6 @@ def load_emulated() -> str:
 
 def triton_kernels(stem: str) -> Any:
     """The module of Triton kernels of one stem: in an installed pyeff, and in a checkout where they lie beside it."""
-    if EMULATED:
-        os.environ["TRITON_INTERPRET"] = "1"
     if "pyeff.kernels" not in sys.modules and importlib.util.find_spec("pyeff.kernels") is None:
         folder = Path(__file__).parents[1] / "kernels"
         spec = importlib.util.spec_from_file_location(

@@ -2,7 +2,7 @@
 
 The definition and the CPU kernels on CPU tensors; where there is a GPU, the definition and its two backends on CUDA
 tensors, too. With PYEFF_EMULATE=1 the GPU's backends alone, emulated on CPU tensors: that is slow, so it is a run of
-its own (``make emulate``), of the tests that are marked ``emulated``.
+its own (``make emulate``), of the tests that are marked ``emulated``. PYEFF_TEST_PLACES=cuda leaves out the CPU.
 
 A test asks for a fixture of ``conftest.py`` (``backend``, ``kernels``, ..), and runs once at each place with that
 backend in force and that device as torch's default one. What depends on the place asks :func:`here`.
@@ -54,7 +54,7 @@ def _places() -> tuple[Place, ...]:
     found = [Place("reference", "cpu"), Place("cpu", "cpu")]
     if torch.cuda.is_available():
         found += [Place(name, "cuda") for name in ("reference", "triton", "cuda")]
-    return tuple(found)
+    return tuple(place for place in found if place.device == os.environ.get("PYEFF_TEST_PLACES", place.device))
 
 
 PLACES = _places()

@@ -159,6 +159,10 @@ def test_fuzz(backend, mutated, training, autocast):
     scales |= dict.fromkeys((n for n in names if n.startswith("phi")), helpers.phi_gradient_scale(rounded, grad_out))
     for name, value in found.items():
         assert name == "out" or value.dtype == call.tensors[name].dtype, (name, done)
+        if value.dtype.itemsize < out.dtype.itemsize:  # float8 under autocast: the gradient is rounded to that, too
+            slack = torch.finfo(value.dtype).eps * truth[name].abs().max().item()
+            assert helpers.error(value, truth[name]) <= slack, (name, done)
+            continue
         helpers.assert_three_way(
             f"{name} {done}", value.to(out.dtype), same[name], truth[name], call.terms(name), scales.get(name, 0.0)
         )

@@ -37,8 +37,9 @@
 //     d += a b for MT x NT tiles of 16 x 8, depth 16; T = bf16 or f16; fragments as PTX lays them out
 // Matrix tiles of a warpgroup (4 warps, the first a multiple of 4), where kHasWgmma; PTX wgmma on sm_90a
 //   void wgmma_fence()               before the first wgmma and whenever registers of d were touched
-//   void wgmma<T, N, TransB>(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate)
-//     m64nNk16, N = 64, 96, 128, 192, 256: d = a b (+ d). a is K-major; b is K-major [N, K], or [K, N] with TransB
+//   void wgmma<T, N, TransB, TransA>(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate)
+//     m64nNk16, N = 64, 96, 128, 192, 256: d = a b (+ d). a is K-major [M, K], or [K, M] with TransA; b is K-major
+//     [N, K], or [K, N] with TransB
 //   void wgmma_commit(), void wgmma_wait<N>()
 //     d may not be looked at before the wait, nor may the shared memory of a and b be overwritten
 //   void wgmma_pin(float (&d)[K])    keeps the compiler from moving d's reads and writes over this place: call it

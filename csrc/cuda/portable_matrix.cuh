@@ -81,7 +81,7 @@ PYEFF_DEVICE uint64_t wgmma_descriptor(const void* shared, int leading_bytes, in
 
 namespace detail {
 
-template <int N, bool TransB>
+template <int N, bool TransB, bool TransA>
 struct Wgmma;
 
 // Ten operands whose numbers begin with the digits `p`, and eight registers of d.
@@ -109,35 +109,35 @@ struct Wgmma;
 #define PYEFF_D_128 PYEFF_D_96, PYEFF_EIGHT(96), PYEFF_EIGHT(104), PYEFF_EIGHT(112), PYEFF_EIGHT(120)
 
 // The operands after the `count` registers: descriptors, whether to add to d, whether b is transposed. Scales are 1.
-#define PYEFF_WGMMA_TYPED(n, type, registers, outputs, a_at, b_at, add_at, trans_at)                          \
-  PYEFF_WGMMA_ASM("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
-                  "k16."                                                                                      \
-                  "f32." type "." type " {" registers "}, %" a_at ", %" b_at ", add, 1, 1, 0, %" trans_at     \
-                  ";\n}" : outputs : "l"(a),                                                                  \
-                  "l"(b), "r"(static_cast<int>(accumulate)), "n"(TransB ? 1 : 0) : "memory")
-#define PYEFF_WGMMA(n, text, count, a_at, b_at, add_at, trans_at)                                                \
-  template <bool TransB>                                                                                         \
-  struct Wgmma<n, TransB> {                                                                                      \
-    template <class T>                                                                                           \
-    PYEFF_DEVICE static void run(float (&d)[count], uint64_t a, uint64_t b, bool accumulate) {                   \
-      if constexpr (std::is_same<T, bf16>::value)                                                                \
-        PYEFF_WGMMA_TYPED(text, "bf16", PYEFF_REGISTERS_##count, PYEFF_D_##count, a_at, b_at, add_at, trans_at); \
-      else                                                                                                       \
-        PYEFF_WGMMA_TYPED(text, "f16", PYEFF_REGISTERS_##count, PYEFF_D_##count, a_at, b_at, add_at, trans_at);  \
-    }                                                                                                            \
+#define PYEFF_WGMMA_TYPED(n, type, registers, outputs, a_at, b_at, add_at, at_at, bt_at)                        \
+  PYEFF_WGMMA_ASM("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" n   \
+                  "k16."                                                                                        \
+                  "f32." type "." type " {" registers "}, %" a_at ", %" b_at ", add, 1, 1, %" at_at ", %" bt_at \
+                  ";\n}" : outputs : "l"(a),                                                                    \
+                  "l"(b), "r"(static_cast<int>(accumulate)), "n"(TransA ? 1 : 0), "n"(TransB ? 1 : 0) : "memory")
+#define PYEFF_WGMMA(n, text, count, ...)                                                        \
+  template <bool TransB, bool TransA>                                                           \
+  struct Wgmma<n, TransB, TransA> {                                                             \
+    template <class T>                                                                          \
+    PYEFF_DEVICE static void run(float (&d)[count], uint64_t a, uint64_t b, bool accumulate) {  \
+      if constexpr (std::is_same<T, bf16>::value)                                               \
+        PYEFF_WGMMA_TYPED(text, "bf16", PYEFF_REGISTERS_##count, PYEFF_D_##count, __VA_ARGS__); \
+      else                                                                                      \
+        PYEFF_WGMMA_TYPED(text, "f16", PYEFF_REGISTERS_##count, PYEFF_D_##count, __VA_ARGS__);  \
+    }                                                                                           \
   }
-PYEFF_WGMMA(64, "64", 32, "32", "33", "34", "35");
-PYEFF_WGMMA(96, "96", 48, "48", "49", "50", "51");
-PYEFF_WGMMA(128, "128", 64, "64", "65", "66", "67");
-PYEFF_WGMMA(192, "192", 96, "96", "97", "98", "99");
-PYEFF_WGMMA(256, "256", 128, "128", "129", "130", "131");
+PYEFF_WGMMA(64, "64", 32, "32", "33", "34", "35", "36");
+PYEFF_WGMMA(96, "96", 48, "48", "49", "50", "51", "52");
+PYEFF_WGMMA(128, "128", 64, "64", "65", "66", "67", "68");
+PYEFF_WGMMA(192, "192", 96, "96", "97", "98", "99", "100");
+PYEFF_WGMMA(256, "256", 128, "128", "129", "130", "131", "132");
 
 }  // namespace detail
 
-template <class T, int N, bool TransB>
+template <class T, int N, bool TransB, bool TransA = false>
 PYEFF_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(std::is_same<T, bf16>::value || std::is_same<T, f16>::value, "wgmma takes bf16 or f16");
-  detail::Wgmma<N, TransB>::template run<T>(d, a, b, accumulate);
+  detail::Wgmma<N, TransB, TransA>::template run<T>(d, a, b, accumulate);
 }
 
 #undef PYEFF_TEN

@@ -4,7 +4,7 @@
 #include "cuda/read_dphi.cuh"
 #include "cuda/read_launch.cuh"
 #include "cuda/read_norm.cuh"
-#include "cuda/read_outer.cuh"
+#include "cuda/read_outer_wgmma.cuh"
 #include "cuda/read_reverse.cuh"
 
 namespace pyeff::gpu {
@@ -13,16 +13,19 @@ namespace {
 // One of the two long products: its partial sums, and how often it is split.
 struct OuterSpace {
   int64_t width, splits;
+  bool wide;  // by the tiles of a warpgroup
   float *partial, *bias, *mean_sums = nullptr;
+
+  int64_t columns() const { return wide ? OuterWgmmaTile::kColumns : 128; }
 
   // `means`: what the rows' means add is taken off afterwards.
   OuterSpace(const ReadSizes& s, int64_t width_, bool means, int64_t turn, const Machine& machine, Scratch& scratch)
-      : width(width_) {
-    // Enough blocks for every processor twice, but no split without work. Tiles are 128 by 128.
+      : width(width_), wide(machine.wgmma && s.bytes == 2 && width_ >= OuterWgmmaTile::kColumns / 2) {
+    // As many blocks as run at once (the smaller tile's twice on a processor), but no split without work.
     const int64_t rows = s.gates * s.padded;
-    const int64_t tiles = div_up(rows, int64_t{128}) * div_up(width, int64_t{128});
+    const int64_t tiles = div_up(rows, int64_t{128}) * div_up(width, columns());
     const int64_t steps = div_up(turn * s.layers, int64_t{256});
-    splits = div_up(int64_t{2} * machine.processors, tiles);
+    splits = machine.processors * (wide ? 1 : 2) / tiles;
     if (splits > steps) splits = steps;
     if (splits < 1) splits = 1;
     partial = scratch.take<float>(splits * rows * width * 4);
@@ -149,10 +152,15 @@ class Backward {
   }
 
   template <class T, class From>
-  void run_outer(const OuterParams& o) {
-    launches_.run("read_outer", read_outer<T, From>,
-                  {div_up(o.width, int64_t{128}), div_up(o.gates * o.padded, int64_t{128}), o.splits}, kThreads,
-                  OuterTile<T>::kShared, o);
+  void run_outer(const OuterSpace& space, const OuterParams& o) {
+    const Grid grid{div_up(o.width, space.columns()), div_up(o.gates * o.padded, int64_t{128}), o.splits};
+    if constexpr (!std::is_same<T, float>::value) {
+      if (space.wide) {
+        launches_.run("read_outer_wgmma", read_outer_wgmma<T, From>, grid, kThreads, OuterWgmmaTile::kShared, o);
+        return;
+      }
+    }
+    launches_.run("read_outer", read_outer<T, From>, grid, kThreads, OuterTile<T>::kShared, o);
   }
 
   void input_product() {
@@ -164,7 +172,7 @@ class Backward {
       o.mean = mean() ? mean() + first_layer * s_.tokens : nullptr;
       o.mean_sums = local_.input.mean_sums;
       o.centre = o.mean && p_.number == Number::f32;
-      with_numbers(p_, [&](auto number, auto phi) { run_outer<decltype(number), decltype(phi)>(o); });
+      with_numbers(p_, [&](auto number, auto phi) { run_outer<decltype(number), decltype(phi)>(local_.input, o); });
     }
   }
 
@@ -178,7 +186,7 @@ class Backward {
         o.rows.layer[i] = {before, 0, s_.rank, s_.tokens, s_.padded == s_.rank && aligned_to(before, 16)};
       }
       o.recurrent_n = p_.cell == Cell::gru;
-      with_number(p_.number, [&](auto number) { run_outer<decltype(number), decltype(number)>(o); });
+      with_number(p_.number, [&](auto number) { run_outer<decltype(number), decltype(number)>(local_.recurrent, o); });
     }
   }
 

@@ -64,29 +64,32 @@ struct OuterStep {
   }
 };
 
-template <class T, class From>
+// One stage: 128 columns of da and as many of the rows as the tile has, each for kDepth<T> tokens.
+template <class T, class From, int Columns>
 PYEFF_DEVICE void copy_outer(const OuterParams& p, char* stage, const OuterStep<T>& step, int64_t row0,
                              int64_t column0) {
-  using Tile = OuterTile<T>;
-  constexpr int kChunks = Tile::kRows / kChunk<T>;
+  constexpr int kRows = 128, kLeft = kRows / kChunk<T>, kRight = Columns / kChunk<T>, kPanel = kDepth<T> * kRowBytes;
   const T* da = static_cast<const T*>(p.da) + step.layer * p.da_stride;
-  const ReadLayer& rows = p.rows.layer[step.layer];
-  char* right = stage + Tile::kRows * kRowBytes;
   const int64_t all = p.gates * p.padded;
-  for (int i = thread_index(); i < kDepth<T> * kChunks; i += kThreads) {
-    const int k = i / kChunks, chunk = i % kChunks;
-    const int at = chunk / 8 * (kDepth<T> * kRowBytes) + chunk_at(k, chunk % 8);
-    const int64_t n = step.token + k, row = row0 + chunk * kChunk<T>, column = column0 + chunk * kChunk<T>;
-    const bool inside = n < p.tokens;
+  for (int i = thread_index(); i < kDepth<T> * kLeft; i += kThreads) {
+    const int k = i / kLeft, chunk = i % kLeft;
+    const int64_t n = step.token + k, row = row0 + chunk * kChunk<T>;
+    const bool there = n < p.tokens && row < all;
     const int64_t from = p.recurrent_n && row >= 2 * p.padded ? row + p.padded : row;
-    copy_async16(stage + at, da + (inside && row < all ? n * p.da_ld + from : 0), inside && row < all);
-    const bool there = inside && rows.data && column < p.width;
+    copy_async16(stage + chunk / 8 * kPanel + chunk_at(k, chunk % 8), da + (there ? n * p.da_ld + from : 0), there);
+  }
+  const ReadLayer& rows = p.rows.layer[step.layer];
+  for (int i = thread_index(); i < kDepth<T> * kRight; i += kThreads) {
+    const int k = i / kRight, chunk = i % kRight;
+    const int64_t n = step.token + k, column = column0 + chunk * kChunk<T>;
+    const bool there = n < p.tokens && rows.data && column < p.width;
     const int left = static_cast<int>(p.width - column < kChunk<T> ? p.width - column : kChunk<T>);
     const float shift = p.centre && there ? load(p.mean + step.layer * p.stats_stride + n) : 0.0f;
     // Where there is nothing to copy, da stands for an address that is not read.
     const From* source = there ? static_cast<const From*>(rows.data) + row_offset(rows, p.first + n) + column
                                : reinterpret_cast<const From*>(da);
-    copy_chunk<T>(right + at, source, there ? left : 0, rows.aligned, shift);
+    copy_chunk<T>(stage + kRows * kRowBytes + chunk / 8 * kPanel + chunk_at(k, chunk % 8), source, there ? left : 0,
+                  rows.aligned, shift);
   }
 }
 
@@ -163,7 +166,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_outer(const PYEFF_GRID_C
   run_pipeline<Tile::kStages>(
       static_cast<int>(end - begin), Tile::kStage,
       [&](char* stage, int i) {
-        copy_outer<T, From>(p, stage, OuterStep<T>(p, begin + i), row0, column0);
+        copy_outer<T, From, Tile::kColumns>(p, stage, OuterStep<T>(p, begin + i), row0, column0);
         if (p.rstd && thread_index() < kDepth<T>) {
           store_shared(scales + i % Tile::kStages * kDepth<T> + thread_index(), rstd);
           store_shared(means + i % Tile::kStages * kDepth<T> + thread_index(), mean);

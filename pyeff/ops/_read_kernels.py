@@ -120,7 +120,7 @@ def _operands(backend: str, phi: list[Tensor], rest: Operands) -> tuple[list[Ten
     if backend == "cpu":
         phi = [t if t.dim() <= 9 else t.contiguous() for t in phi]
     else:
-        phi = [t if t.dim() == 1 or two_strides(t) else t.contiguous() for t in phi]
+        phi = [t if two_strides(t) else t.contiguous() for t in phi]
     return phi, [t if t is None else t.contiguous() for t in rest]
 
 

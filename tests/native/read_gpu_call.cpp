@@ -74,8 +74,11 @@ static void may_read_all(Buffers& buffers, const std::vector<Input>& phi, std::i
   for (const Input* input : others) may_read(buffers, *input, *name++);
 }
 
-ForwardOutputs ReadGpuCall::forward(const Machine& machine, bool save, bool save_gates) const {
+ForwardOutputs ReadGpuCall::forward(const Machine& machine, bool save, bool save_gates, Wanted kept) const {
   ForwardOutputs o = forward_outputs(save, save_gates, true);
+  int64_t next = 0;
+  for (Output* output : {&o.h, &o.c, &o.gates, &o.stats})
+    if (!kept(next++)) *output = Output();
   const pyeff::gpu::ReadForward f{o.out.data(), o.c_last.maybe(), o.h.maybe(),
                                   o.c.maybe(),  o.gates.maybe(),  static_cast<float*>(o.stats.maybe())};
   const pyeff::gpu::ReadProblem p = problem();

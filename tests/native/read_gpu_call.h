@@ -33,7 +33,8 @@ class ReadGpuCall : public ReadInputs {
  public:
   ReadGpuCall(Number number, const ReadSizes& sizes, const ReadOptions& options, uint64_t seed);
 
-  ForwardOutputs forward(const pyeff::gpu::Machine& machine, bool save, bool save_gates) const;
+  // Of h, c, gates and stats, `kept` may name one, the others then have no memory.
+  ForwardOutputs forward(const pyeff::gpu::Machine& machine, bool save, bool save_gates, Wanted kept = {}) const;
   // Null gates are computed again.
   BackwardOutputs backward(const pyeff::gpu::Machine& machine, const ForwardOutputs& saved, Wanted wanted = {}) const;
 

@@ -24,12 +24,11 @@ class Order {
   ~Order() { unsetenv("PYEFF_EMULATE_SEED"); }
 };
 
-// Few processors, so that the sums over the tokens are split in few parts; a turn takes no more tokens than a tile.
-Machine machine_with(bool wgmma, bool turns = false) {
+// With few processors the sums over the tokens are split in few parts.
+Machine machine_with(Random& random) {
   Machine machine;
-  machine.processors = 5;
-  machine.wgmma = wgmma;
-  if (turns) machine.scratch_limit = 1;
+  if (random.coin()) machine.processors = 5;
+  machine.wgmma = random.coin();
   return machine;
 }
 
@@ -52,15 +51,13 @@ bool same_tokens(const BackwardOutputs& a, const BackwardOutputs& b) {
 }
 
 // Right on a machine, with gates saved or computed again; and the same once more, in another order and in turns.
-void check_call(const ReadGpuCall& call, bool wgmma, bool save_gates, bool again) {
-  const ReadTruth truth = truth_of(call), same_type = same_type_of(call);
-  const Machine machine = machine_with(wgmma);
-  const char* who = wgmma ? "cuda with wgmma" : "cuda without wgmma";
+void check_call(const ReadGpuCall& call, const Machine& machine, bool save_gates, const ReadTruth& truth,
+                const ReadTruth& same_type) {
+  const char* who = machine.wgmma ? "cuda with wgmma" : "cuda without wgmma";
   const ForwardOutputs first = call.forward(machine, true, save_gates);
   call.check(who, first, truth, same_type);
   const BackwardOutputs first_back = call.backward(machine, first);
   call.check(who, first_back, truth, same_type);
-  if (!again) return;
   {
     const Order other("12345");
     const ForwardOutputs outputs = call.forward(machine, true, save_gates);
@@ -68,12 +65,18 @@ void check_call(const ReadGpuCall& call, bool wgmma, bool save_gates, bool again
   }
   CHECK(first.out.same(call.forward(machine, false, false).out));
   if (call.sizes.tokens <= 128) return;
-  const Machine turns = machine_with(wgmma, true);
+  Machine turns = machine;
+  turns.scratch_limit = 1;
   const ForwardOutputs outputs = call.forward(turns, true, save_gates);
   CHECK(same(first, outputs));
+  CHECK(first.out.same(call.forward(turns, false, false).out));
   const BackwardOutputs gradients = call.backward(turns, outputs);
   CHECK(same_tokens(first_back, gradients));
   call.check(who, gradients, truth, same_type);
+}
+
+void check_call(Random& random, const ReadGpuCall& call) {
+  check_call(call, machine_with(random), random.coin(), truth_of(call), same_type_of(call));
 }
 
 }  // namespace
@@ -81,14 +84,88 @@ void check_call(const ReadGpuCall& call, bool wgmma, bool save_gates, bool again
 TEST(read_on_the_gpu_is_right_for_every_cell_norm_reduction_and_type) {
   const int64_t tokens[] = {1, 2, 13, 63, 97, 130}, ranks[] = {5, 33, 64, 70, 130}, widths[] = {5, 33, 70, 64, 136};
   uint64_t seed = 20000;
+  for (int sample = 0; sample < (kSanitized ? 1 : 3); ++sample)
+    for (Number number : kGpuNumbers)
+      for (Cell cell : kCells)
+        for (Norm norm : kNorms)
+          for (Reduce reduce : kReductions) {
+            Random random(++seed);
+            if (kSanitized && seed % 2 == 0) continue;
+            const ReadOptions o = random_options(random, cell);
+            const ReadSizes sizes{
+                cell, norm, reduce, 1 + random.below(4), random.pick(tokens), random.pick(widths), random.pick(ranks)};
+            check_call(random, ReadGpuCall(number, sizes, o, seed));
+          }
+}
+
+// The ranks that have kernels of their own, in several tiles of tokens, with a warpgroup's matrix tiles and without.
+TEST(read_on_the_gpu_is_right_for_ranks_that_fit_on_chip) {
+  const int64_t tokens[] = {1, 63, 129, 200, 260}, widths[] = {64, 70, 136, 192};
+  uint64_t seed = 21000;
+  for (Number number : {Number::bf16, kHalf})
+    for (Cell cell : kCells)
+      for (int64_t rank : {64, 128, 256}) {
+        Random random(++seed);
+        if (kSanitized && (seed % 2 == 0 || rank == 256) && (rank != 256 || cell != Cell::gru || number == kHalf))
+          continue;
+        const int64_t layers = 1 + random.below(rank == 256 ? 2 : 3);
+        const ReadSizes sizes{cell,   random.pick(kNorms), random.pick(kReductions),
+                              layers, random.pick(tokens), random.pick(widths),
+                              rank};
+        const ReadGpuCall call(number, sizes, random_options(random, cell), seed);
+        const ReadTruth truth = truth_of(call), same_type = same_type_of(call);
+        for (bool wgmma : {true, false}) {
+          Machine machine = machine_with(random);
+          machine.wgmma = wgmma;
+          check_call(call, machine, random.coin(), truth, same_type);
+        }
+      }
+}
+
+// More layers than one launch is told of; once with tokens for two turns.
+TEST(read_on_the_gpu_takes_more_layers_than_a_launch) {
+  uint64_t seed = 22000;
+  for (Number number : kGpuNumbers)
+    for (Cell cell : kCells) {
+      Random random(++seed);
+      if (kSanitized && (seed % 2 == 0)) continue;
+      const bool many = number == Number::bf16 && cell == Cell::lstm;
+      const ReadOptions o = random_options(random, cell);
+      // The mean: from the last layer alone nothing but denormal numbers would reach the first.
+      const ReadSizes sizes{cell, random.pick(kNorms), Reduce::mean, many ? 66 : 70, many && !kSanitized ? 131 : 5, 6,
+                            5};
+      check_call(random, ReadGpuCall(number, sizes, o, seed));
+    }
+}
+
+// What is not wanted is not computed, and what is comes out as if all were.
+TEST(every_output_of_the_gpu_can_be_wanted_alone) {
+  uint64_t seed = 23000;
   for (Number number : kGpuNumbers)
     for (Cell cell : kCells)
-      for (Norm norm : kNorms)
-        for (Reduce reduce : kReductions) {
-          Random random(++seed);
-          const ReadOptions o = random_options(random, cell);
-          const ReadSizes sizes{
-              cell, norm, reduce, 1 + random.below(4), random.pick(tokens), random.pick(widths), random.pick(ranks)};
-          check_call(ReadGpuCall(number, sizes, o, seed), random.coin(), random.coin(), true);
+      for (Norm norm : kNorms) {
+        Random random(++seed);
+        if (kSanitized && seed % 4 != 0) continue;
+        ReadOptions o = random_options(random, cell);
+        o.grad_out = true;
+        const ReadSizes sizes{cell, norm, random.pick(kReductions), 1 + random.below(2), 19, 23, 11};
+        const ReadGpuCall call(number, sizes, o, seed);
+        const Machine machine = machine_with(random);
+        const bool save_gates = random.coin();
+        const ForwardOutputs saved = call.forward(machine, true, save_gates);
+        for (int64_t only = 0; only < 4; ++only) {
+          const ForwardOutputs one = call.forward(machine, true, save_gates, {only});
+          CHECK(one.out.same(saved.out) && one.c_last.same(saved.c_last));
+          const auto a = saved.all(), b = one.all();
+          for (int64_t i = 0; i < 4; ++i)
+            CHECK(i == only ? a[size_t(i + 2)]->same(*b[size_t(i + 2)]) : b[size_t(i + 2)]->count() == 0);
         }
+        const BackwardOutputs all = call.backward(machine, saved);
+        for (int64_t only = 0; only < call.gradients(); ++only) {
+          const BackwardOutputs one = call.backward(machine, saved, {only});
+          const auto a = all.all(), b = one.all();
+          for (int64_t i = 0; i < call.gradients(); ++i)
+            CHECK(i == only ? a[size_t(i)]->same(*b[size_t(i)]) : b[size_t(i)]->count() == 0);
+        }
+      }
 }

@@ -81,7 +81,7 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, int mt, int nt, bool is
 struct Product {
   uint64_t a, b;
   int n;
-  bool transposed, is_bf16, accumulate;
+  bool transposed, transposed_a, is_bf16, accumulate;
 };
 void wgmma_fence();
 void wgmma(const Product&, float* d, Site);

@@ -126,8 +126,9 @@ uint32_t piece_at(const Descriptor& d, int outer, int inner, bool mn_major) {
 template <class F>
 void for_each_piece(const Product& p, F&& body) {
   const Descriptor a(p.a), b(p.b);
-  for (int y = 0; y < 64; ++y)
-    for (int x = 0; x < 2; ++x) body(true, y, x, piece_at(a, y, x, false));
+  const int outer_a = p.transposed_a ? 16 : 64, inner_a = p.transposed_a ? 8 : 2;
+  for (int y = 0; y < outer_a; ++y)
+    for (int x = 0; x < inner_a; ++x) body(true, y, x, piece_at(a, y, x, p.transposed_a));
   const int outer = p.transposed ? 16 : p.n, inner = p.transposed ? p.n / 8 : 2;
   for (int y = 0; y < outer; ++y)
     for (int x = 0; x < inner; ++x) body(false, y, x, piece_at(b, y, x, p.transposed));
@@ -169,7 +170,9 @@ void run_product(const Pending& pending, const Block& block) {
     const char* from = block.shared + (at - kSharedBegins);
     for (int i = 0; i < 8; ++i) {
       const float value = widen(half_at(from + 2 * i), p.is_bf16);
-      if (is_a)
+      if (is_a && p.transposed_a)
+        a[(x * 8 + i) * 16 + y] = value;
+      else if (is_a)
         a[y * 16 + x * 8 + i] = value;
       else if (p.transposed)
         b[y * p.n + x * 8 + i] = value;
@@ -252,7 +255,7 @@ void wgmma(const Product& product, float* d, Site site) {
       const Slot& s = *static_cast<Slot*>(members[i]->slot);
       if (s.product.a != product.a || s.product.b != product.b || s.product.accumulate != product.accumulate ||
           s.product.n != product.n || s.product.transposed != product.transposed ||
-          s.product.is_bf16 != product.is_bf16)
+          s.product.transposed_a != product.transposed_a || s.product.is_bf16 != product.is_bf16)
         trap(site, "the threads of a warpgroup give different operands to wgmma, thread %d for one", members[i]->index);
       if (fresh || sums.taken[i]) {
         sums.d[i] = s.d;
