@@ -66,7 +66,7 @@ pytest: install
 # The GPU's kernels on the CPU: Triton's interpreter, and CUDA C++ built by the host's compiler.
 emulate: install
 	PYEFF_EMULATE=1 PYEFF_TEST_REQUIRE=emulation,triton,cuda \
-	    $(BIN)/python -m pytest -n $(JOBS) -m emulated $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 # On a machine with a GPU, with what is installed there: no network, no virtual environment.
 gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 
@@ -68,8 +69,11 @@ def capture(calls: Sequence[Call]) -> list[Call]:
             graph.capture_begin(*([] if pool is None else [pool]))
             try:
                 call()
-            finally:
-                graph.capture_end()
+            except Exception:
+                with contextlib.suppress(Exception):  # it says only that something has failed before
+                    graph.capture_end()
+                raise
+            graph.capture_end()
             pool = graph.pool()
             graphs.append(graph)
     torch.cuda.current_stream().wait_stream(stream)

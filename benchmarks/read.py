@@ -155,11 +155,14 @@ def case(
 
 @register("read")
 def cases(select: Selection) -> Iterator[Case]:
-    """The cases of a selection: by mode, dtype and cell, then by tokens."""
+    """The cases of a selection: by mode and dtype, then by cell and tokens."""
     tokens = TOKENS if select.device == "cpu" else GPU_TOKENS
     dtypes = DTYPES if select.device == "cpu" else GPU_DTYPES[select.size]
-    for mode in (FORWARD, TRAINING):
-        for dtype in dtypes:
-            for cell in CELLS[select.size]:
-                for n in tokens[select.size]:
-                    yield case(n, cell, dtype, select.device, mode)
+    modes = [(mode, dtype) for mode in (FORWARD, TRAINING) for dtype in dtypes]
+    if select.device == "cuda":
+        # By importance, where there may not be time for all.
+        modes.sort(key=lambda pair: dtypes.index(pair[1]))
+    for mode, dtype in modes:
+        for cell in CELLS[select.size]:
+            for n in tokens[select.size]:
+                yield case(n, cell, dtype, select.device, mode)

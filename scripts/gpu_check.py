@@ -137,17 +137,18 @@ def tests(found: dict, op: str | None, dry: bool) -> list[Part]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if dry:
         pytest.append("--collect-only")
-    # On a GPU alone: what runs on a CPU is what every machine checks.
+    # The suite's tests on CUDA tensors alone: what runs on a CPU is what every machine checks.
     names = ["gpu", "cuda", *(["triton"] if found["triton"] else [])]
-    environment = {} if dry else {"PYEFF_TEST_PLACES": "cuda", "PYEFF_TEST_REQUIRE": ",".join(names)}
+    demanded = {} if dry else {"PYEFF_TEST_REQUIRE": ",".join(names)}
+    on_gpu = demanded | ({} if dry else {"PYEFF_TEST_PLACES": "cuda"})
     device = [f"tests/test_{stem}_cuda.py" for stem in ((op,) if op else OPS)] + ["tests/test_bench_cuda.py"]
     chosen = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"tests/test_{op}*.py")) if op else ["tests"]
     chosen = [path for path in chosen if path not in device]
     workers = ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))] if found["xdist"] else []
     suite = [*chosen, *(f"--ignore={path}" for path in device), "-m", "not slow", *workers]
     parts = [
-        Part("device", "device", 80, "device.log", [Command([*pytest, *device], environment, dry=True)]),
-        Part("suite", "suite", 140, "suite.log", [Command([*pytest, *suite], environment, dry=True)]),
+        Part("device", "device", 80, "device.log", [Command([*pytest, *device], demanded, dry=True)]),
+        Part("suite", "suite", 150, "suite.log", [Command([*pytest, *suite], on_gpu, dry=True)]),
     ]
     for part in parts:
         part.reason = "" if found["pytest"] else "pytest is not installed"
@@ -183,7 +184,7 @@ def benchmarks(found: dict, op: str | None, out: Path, dry: bool, seconds: float
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "gpu_inductor")}
     on_gpu = [*program, *what, "--device", "cuda", "--size", "quick"]
     # A compiled rival takes a minute to compile: while the tests run, so that the times are taken on a quiet machine.
-    warm = Part("compile", "suite", 140, "bench.log", [Command([*on_gpu, "--compile-only"], cache)])
+    warm = Part("compile", "suite", 140, "bench.log", [Command([*on_gpu, "--compile-only"], cache)], optional=True)
     budget = seconds - 30
     times = Part("bench", "bench", seconds, "bench.log")
     times.commands = [Command([*on_gpu, "--budget", f"{budget:g}", "--json", str(out)], cache)]
@@ -243,6 +244,19 @@ def sanitizer_errors(text: str) -> list[str]:
     return [line.strip("= ") for line in text.splitlines() if re.search(r"SUMMARY: [1-9]", line)]
 
 
+def resources(build: Path) -> list[str]:
+    """Registers, shared memory and spills of each kernel, as ptxas said them when it was built."""
+    found = []
+    for log in sorted(build.rglob("*.cu.o.log")):
+        kernel = ""
+        for line in log.read_text(errors="replace").splitlines():
+            if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+                kernel = " ".join(entry.groups())
+            elif re.search(r"spill stores|Used \d+ registers", line):
+                found.append(f"{kernel}: {line.replace('ptxas info    :', '').strip()}")
+    return found
+
+
 def highlights(folder: Path, parts: list[Part]) -> str:
     """What is worth a look before the table: the end of what went wrong, and the times."""
     shown = []
@@ -269,7 +283,6 @@ def commit() -> str | None:
 
 def write(folder: Path, found: dict, options: argparse.Namespace, parts: list[Part], why: list[str]) -> None:
     """Everything that is known so far, as JSON."""
-    resources = [line.strip() for line in read_log(folder, "build.log").splitlines() if "ptxas info" in line]
     left_out = [f"{what}: {name} is not installed" for name, what in OPTIONAL.items() if not found[name]]
     left_out += [f"{part.name}: {part.reason}" for part in parts if part.status == LEFT_OUT]
     summary = {
@@ -286,7 +299,7 @@ def write(folder: Path, found: dict, options: argparse.Namespace, parts: list[Pa
         ],
         "sanitizers": sanitizer_errors(read_log(folder, SANITIZE_LOG)),
         "profile": kernels_of(read_log(folder, PROFILE_LOG)),
-        "ptxas": resources,
+        "ptxas": resources(ROOT / "build" / "gpu"),
     }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
 

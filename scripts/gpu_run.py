@@ -39,6 +39,7 @@ class Part:
         log (str): the name of the file for what they print; parts may share one.
         excuses (dict): pattern -> reason; a part that fails with such a line in its log was not possible here.
         expected (str): a pattern that the log of a part that went well has.
+        optional (bool): the check passes without it.
         reason (str): why the part is left out, or what went wrong; empty where it runs and does well.
     """
 
@@ -49,13 +50,14 @@ class Part:
     commands: list[Command] = field(default_factory=list)
     excuses: dict[str, str] = field(default_factory=dict)
     expected: str = ""
+    optional: bool = False
     reason: str = ""
     status: str = ""
     seconds: float = 0.0
 
     @property
     def bad(self) -> bool:
-        return self.status in (FAILED, TIMEOUT)
+        return self.status in (FAILED, TIMEOUT) and not self.optional
 
 
 class Running:

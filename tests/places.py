@@ -1,8 +1,9 @@
 """Where a test of an operation runs: the pairs of backend and device that this machine has.
 
 The definition and the CPU kernels on CPU tensors; where there is a GPU, the definition and its two backends on CUDA
-tensors, too. With PYEFF_EMULATE=1 the GPU's backends alone, emulated on CPU tensors: that is slow, so it is a run of
-its own (``make emulate``), of the tests that are marked ``emulated``. PYEFF_TEST_PLACES=cuda leaves out the CPU.
+tensors, too; PYEFF_TEST_PLACES=cuda leaves out the CPU, and the tests that ask for no place. With PYEFF_EMULATE=1 the
+GPU's backends alone, emulated on CPU tensors, in a run of its own (``make emulate``). Triton's interpreter is slow: it
+gets the tests that are marked ``emulated``, and every test with PYEFF_EMULATE=all.
 
 A test asks for a fixture of ``conftest.py`` (``backend``, ``kernels``, ..), and runs once at each place with that
 backend in force and that device as torch's default one. What depends on the place asks :func:`here`.
@@ -85,14 +86,25 @@ def at(place: Place) -> Iterator[None]:
             torch.set_default_device(None)
 
 
-def does_not_apply(parameters: dict[str, Any]) -> bool:
-    """Whether a test's parameters pair a place with a dtype that nothing computes in there."""
+def does_not_apply(parameters: dict[str, Any], emulated: bool = False) -> bool:
+    """Whether a test with these parameters is left out.
+
+    It is where a place is paired with a dtype that nothing computes in there; where it asks for no place, in a run for
+    the others; and where it asks for the interpreter without being marked ``emulated``.
+    """
     place = next((value for value in parameters.values() if isinstance(value, Place)), None)
-    return place is not None and parameters.get("dtype", place.dtypes[0]) not in place.dtypes
+    if place is None:
+        return backends.EMULATED or "PYEFF_TEST_PLACES" in os.environ
+    if backends.EMULATED and place.backend == "triton" and not emulated and os.environ["PYEFF_EMULATE"] != "all":
+        return True
+    return parameters.get("dtype", place.dtypes[0]) not in place.dtypes
 
 
 def unmet(required: tuple[str, ...] = REQUIRED) -> list[str]:
-    """Why this machine cannot run what PYEFF_TEST_REQUIRE demands; one line for each."""
+    """Why nothing here would test what PYEFF_TEST_REQUIRE demands; one line for each.
+
+    Where there is a place for a backend that cannot be used there, its tests fail, and the others run.
+    """
     problems = []
     for name in required:
         if name == "gpu" and not torch.cuda.is_available():
@@ -102,8 +114,6 @@ def unmet(required: tuple[str, ...] = REQUIRED) -> list[str]:
         elif name in backends.NAMES:
             if name not in [place.backend for place in PLACES]:
                 problems.append(f"{name}: nothing runs it here, there is no GPU and PYEFF_EMULATE is not set")
-            states = [(op, backends.support(op, name)) for op, served in backends.OPS.items() if name in served]
-            problems += [f"{name}: {op}: {state.reason}" for op, state in states if not state.usable]
         elif name not in ("gpu", "emulation", "dev"):
             problems.append(f"{name}: expected one of {', '.join((*backends.NAMES, 'dev', 'gpu', 'emulation'))}")
     return problems

@@ -55,9 +55,12 @@ def test_what_is_demanded_and_missing_ends_the_run(name):
 
 
 def test_emulation_collects_the_backends_of_the_gpu_alone():
-    done = collected("-m", "emulated", "tests/test_read_emulated.py", PYEFF_EMULATE="1")
+    done = collected("tests/test_read_emulated.py", "tests/test_read_nn.py", "tests/test_docs.py", PYEFF_EMULATE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     tests = re.findall(r"::\w+\[(\w+)(.*)\]", done.stdout)
     assert {where for where, _ in tests} == {"triton_emulated", "cuda_emulated"}
+    # Not every test is one for an interpreter; what asks for no place needs no emulation.
+    assert set(re.findall(r"test_read_nn.py::.*(triton|cuda)_emulated", done.stdout)) == {"cuda"}
+    assert "test_docs" not in done.stdout
     # The interpreter is wrong in bfloat16, the emulated CUDA kernels are not.
     assert {where for where, others in tests if "bfloat16" in others} == {"cuda_emulated"}

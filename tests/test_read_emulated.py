@@ -1,7 +1,6 @@
-"""READ at the smallest shapes that reach every path of a GPU's kernel: what `make emulate` runs.
+"""READ at the smallest shapes that reach every path of a GPU's kernel, few enough for Triton's interpreter.
 
-A GPU's kernel takes some milliseconds here for each thousand of its threads, so a call is made once where the other
-files make it over a grid. The same tests run on real devices, where they cost nothing.
+A call is made once where the other files make it over a grid. The same tests run at every other place, too.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ import torch
 
 import pyeff
 from tests import helpers, places
+from tests.conftest import place_fixture
 from tests.helpers import CELLS, NORMS, check_read, make_read
 
 pytestmark = pytest.mark.emulated
+triton_emulated = place_fixture([place for place in places.KERNELS if place == ("triton", "cpu")])
 EVERY_KIND = list(product(CELLS, NORMS))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -139,6 +140,23 @@ def test_a_step_is_one_layer(kernels, cell):
     rest = {name: t for name, t in call.tensors.items() if name not in ("phi0", "h0", "c0")}
     stepped = pyeff.ops.read_step(call.phi[0], state, **rest, cell=cell)
     assert torch.equal(stepped[0] if cell == "lstm" else stepped, call())
+
+
+@pytest.mark.parametrize("layers", [3, 24])
+@pytest.mark.parametrize("cell", CELLS)
+def test_launches_do_not_depend_on_the_layers(triton_emulated, cell, layers, monkeypatch):
+    """Three kernels forward, eight more backward: as many as for one layer. On a device, test_read_cuda counts them."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launched, launch = [], interpreter.GridExecutor.__call__
+    monkeypatch.setattr(
+        interpreter.GridExecutor, "__call__", lambda self, *a, **k: launched.append(self.fn) or launch(self, *a, **k)
+    )
+    call = make_read(cell, lead=(3,), layers=layers, d=16, r=8, dtype=torch.float32, state=False)
+    call()
+    assert len(launched) <= 3
+    forward = len(launched)
+    helpers.gradients(call, [name for name in call.tensors if not name.startswith("phi")], torch.ones(3, 8))
+    assert len(launched) - 2 * forward <= 8
 
 
 @halves

@@ -67,7 +67,6 @@ gpu::Machine machine(int device) {
   gpu::Machine machine;
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&machine.processors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&machine.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   // The code for it is in no other architecture's, and not in a build without the "a".

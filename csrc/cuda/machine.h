@@ -7,7 +7,6 @@ namespace pyeff::gpu {
 
 struct Machine {
   int processors = 132;                      // multiprocessors: the long products are split so that each has work
-  int shared_limit = 227 << 10;              // bytes of shared memory that a block may have
   bool wgmma = true;                         // sm_90a: matrix tiles of a warpgroup, and clusters
   int64_t scratch_limit = int64_t{1} << 30;  // bytes of scratch that grow with the tokens; more are served in turns
 };

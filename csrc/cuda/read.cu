@@ -61,6 +61,7 @@ const char* project(const ReadProblem& p, const FoldedWeights& folded, const For
     params.mean = turn.mean ? turn.mean + first * turn.stats_stride : nullptr;
     params.pre_stride = turn.pre_stride, params.pre_ld = turn.pre_ld, params.stats_stride = turn.stats_stride;
     params.first = turn.first, params.tokens = turn.tokens, params.width = s.width, params.ld = s.ld;
+    params.pre_aligned = turn.pre_ld * s.bytes % 16 == 0 && aligned_to(turn.pre, 16);
     params.columns = s.rows, params.eps = p.eps, params.norm = p.norm;
     if (p.number == Number::f32 && p.norm != Norm::none && !turn.stats_given) {
       const StatsParams stats{params.phi, params.rstd, params.mean, turn.stats_stride,

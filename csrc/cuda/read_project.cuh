@@ -16,6 +16,7 @@ struct ProjectParams {
   int64_t pre_stride, pre_ld, stats_stride, first, tokens, width, ld, columns;
   float eps;
   Norm norm;
+  bool pre_aligned;  // its rows start at multiples of 16 bytes
 };
 
 // Rows of the output in registers, from the products' sums.

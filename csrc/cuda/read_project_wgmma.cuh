@@ -9,7 +9,8 @@ namespace pyeff::gpu {
 struct ProjectWgmmaTile {
   static constexpr int kRows = 128, kColumns = 256, kStages = 4;
   static constexpr int kStage = (kRows + kColumns) * kRowBytes;
-  static constexpr int kShared = kStages * kStage + 2 * kRows * static_cast<int>(sizeof(float));
+  // Behind the stages: rstd and mean of each row, row sum of W and bias of each column.
+  static constexpr int kShared = kStages * kStage + 2 * (kRows + kColumns) * static_cast<int>(sizeof(float));
 };
 
 // One stage: the accumulators of 64 rows by 256 columns, 64 deep. The products run on while the caller goes on.
@@ -26,6 +27,34 @@ PYEFF_DEVICE void start_stage(float (&sums)[128], const char* rows, const char* 
   }
   wgmma_commit();
 }
+
+// A block's rows go out through the stages, which are free by then: each thread has pairs of numbers, and the memory
+// wants whole rows.
+struct StagedRows {
+  // 16 bytes more than a row: eight rows of a column of pairs lie in different banks.
+  static constexpr int kPitch = ProjectWgmmaTile::kColumns * 2 + 16;
+
+  PYEFF_DEVICE static char* at(int row, int column) { return shared_memory() + row * kPitch + column * 2; }
+
+  template <class T>
+  PYEFF_DEVICE static void store(const ProjectParams& p, int64_t row0, int64_t column0) {
+    constexpr int kChunks = ProjectWgmmaTile::kColumns / 8;
+    T* to = static_cast<T*>(p.pre) + block_index_z() * p.pre_stride;
+    for (int i = thread_index(); i < ProjectWgmmaTile::kRows * kChunks; i += kThreads) {
+      const int64_t row = row0 + i / kChunks, column = column0 + i % kChunks * 8;
+      if (row >= p.tokens || column >= p.columns) continue;
+      char* from = at(i / kChunks, i % kChunks * 8);
+      if (p.pre_aligned && column + 8 <= p.columns) {
+        store16(to + row * p.pre_ld + column, load_shared16(from));
+      } else {
+        for (int j = 0; j < 8 && column + j < p.columns; ++j)
+          gpu::store(to + row * p.pre_ld + column + j, load_shared(reinterpret_cast<const T*>(from) + j));
+      }
+    }
+  }
+};
+
+static_assert(ProjectWgmmaTile::kColumns == kThreads, "each thread brings one column's sum and bias");
 
 template <class T, class From>
 PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_project_wgmma(const PYEFF_GRID_CONSTANT ProjectParams p) {
@@ -65,6 +94,10 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_project_wgmma(const PYEF
     wgmma_wait<0>();
     wgmma_pin(sums);
     float* shared = reinterpret_cast<float*>(shared_memory() + Tile::kStages * Tile::kStage);
+    float* of_columns = shared + 2 * Tile::kRows;
+    const bool there = column0 + thread_index() < p.columns;
+    store_shared(of_columns + thread_index(), there ? load(p.sums + column0 + thread_index()) : 0.0f);
+    store_shared(of_columns + Tile::kColumns + thread_index(), there ? load(p.bias + column0 + thread_index()) : 0.0f);
     share_stats<T, Tile::kRows>(p, stats, row0, shared);
     PYEFF_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -72,10 +105,18 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_project_wgmma(const PYEF
       const RowScale scale{load_shared(shared + row), load_shared(shared + Tile::kRows + row)};
       PYEFF_UNROLL
       for (int j = 0; j < 32; ++j) {
-        store_projected<T>(p, row0 + row, column0 + j * 8 + 2 * (lane() % 4), scale, sums[j * 4 + i * 2],
-                           sums[j * 4 + i * 2 + 1]);
+        const int column = j * 8 + 2 * (lane() % 4);
+        float pair[2];
+        PYEFF_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          pair[e] = scale(sums[j * 4 + i * 2 + e], load_shared(of_columns + column + e),
+                          load_shared(of_columns + Tile::kColumns + column + e));
+        }
+        store_shared(reinterpret_cast<uint32_t*>(StagedRows::at(row, column)), pack2<T>(pair[0], pair[1]));
       }
     }
+    barrier();
+    StagedRows::store<T>(p, row0, column0);
   }
 }
 

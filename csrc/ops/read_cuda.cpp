@@ -57,6 +57,9 @@ gpu::ReadLayer layer_of(const Tensor& phi, ScalarType type, const Checked& check
   layer.outer = used == 2 ? stride[0] : 0;
   layer.inner = used == 2 ? stride[1] : stride[0];
   layer.columns = used == 2 ? fold[1] : fold[0];
+  const int64_t last =
+      (used > 1 ? (fold[0] - 1) * stride[0] : 0) + (used ? (fold[used - 1] - 1) * stride[used - 1] : 0);
+  if (tokens > 0) checked.may_read(layer.data, (last + width) * size, "phi");
   layer.aligned =
       reinterpret_cast<uintptr_t>(layer.data) % 16 == 0 && layer.outer * size % 16 == 0 && layer.inner * size % 16 == 0;
   return layer;
@@ -136,6 +139,7 @@ void forward(std::vector<Tensor> phi, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih
   result.stats = static_cast<float*>(a.checked.write(stats, a.stats_numel(), ScalarType::Float, "stats"));
   const GpuCall call(w_ih);
   const Tensor scratch = call.scratch(w_ih, gpu::read_forward_scratch(p, result, call.machine));
+  a.checked.may_write(scratch.mutable_data_ptr(), scratch.numel(), "scratch");
   report(gpu::read_forward(p, result, scratch.mutable_data_ptr(), call.machine, call.stream), "read_forward");
 }
 
@@ -157,8 +161,7 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_c, std::vector<Tensor> phi,
   if (p.cell == Cell::lstm) r.c = a.checked.read(c, p.layers * state, "c");
   if (p.cell != Cell::rnn) r.gates = a.checked.read_saved(gates, a.gates_numel(), "gates");
   if (a.stats_numel()) {
-    a.checked.check(stats, a.stats_numel(), ScalarType::Float, "stats");
-    r.stats = static_cast<const float*>(stats.const_data_ptr());
+    r.stats = static_cast<const float*>(a.checked.read(stats, a.stats_numel(), ScalarType::Float, "stats"));
   }
   std::vector<void*> dphi_data;
   for (const Tensor& d : dphi) dphi_data.push_back(a.checked.write(d, p.tokens * p.width, "dphi"));
@@ -173,6 +176,7 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_c, std::vector<Tensor> phi,
   if (p.cell == Cell::lstm) r.dc0 = a.checked.write(dc0, state, "dc0");
   const GpuCall call(w_ih);
   const Tensor scratch = call.scratch(w_ih, gpu::read_backward_scratch(p, r, call.machine));
+  a.checked.may_write(scratch.mutable_data_ptr(), scratch.numel(), "scratch");
   report(gpu::read_backward(p, r, scratch.mutable_data_ptr(), call.machine, call.stream), "read_backward");
 }
 

@@ -23,7 +23,7 @@ Operands = Sequence["Tensor | None"]
 class Rule(NamedTuple):
     """One line of the choice between the GPU's backends."""
 
-    capabilities: tuple[int, ...]  # 10 * major + minor, or all from the smallest on where the tuple ends with ...
+    capabilities: tuple[int, ...]  # 10 * major + minor; none: every one
     dtypes: tuple[torch.dtype, ...]
     max_rank: int
     backend: str

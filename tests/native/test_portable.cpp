@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <thread>
 
 #include "portable.h"
 
@@ -297,6 +298,25 @@ TEST(portable_launches_that_the_hardware_refuses) {
   for (int i = 0; i < 1024; ++i) x[i] = 0;
   run(reverse_often, blocks(1, 32, 227 * 1024), p);
   CHECK(x[0] == 1);
+}
+
+TEST(portable_launches_of_several_os_threads) {
+  constexpr int threads = 64, times = 5;
+  std::vector<int> x(4 * threads);
+  for (int i = 0; i < 4 * threads; ++i) x[static_cast<size_t>(i)] = i % threads;
+  std::vector<std::thread> all;
+  for (int i = 0; i < 4; ++i)
+    all.emplace_back([&x, i] {
+      int* mine = &x[static_cast<size_t>(i * threads)];
+      emulate::Buffers buffers;
+      buffers.writes(mine, threads * sizeof(int), "row");
+      run(reverse_often, blocks(1, threads, threads * 4), Ints{mine, times});
+      refused(reverse_often, blocks(1, threads, threads * 4), Ints{mine + 1, times}, {"row (256 bytes)"});
+    });
+  for (auto& one : all) one.join();
+  for (int i = 0; i < 4; ++i)
+    CHECK(x[static_cast<size_t>(i * threads)] == threads - 1 + times &&
+          x[static_cast<size_t>(i * threads + 63)] == times);
 }
 
 TEST(portable_numbers) {

@@ -27,7 +27,8 @@ class Order {
 // With few processors the sums over the tokens are split in few parts.
 Machine machine_with(Random& random) {
   Machine machine;
-  if (random.coin()) machine.processors = 5;
+  const int processors[] = {2, 5, 132};
+  machine.processors = random.pick(processors);
   machine.wgmma = random.coin();
   return machine;
 }
@@ -84,7 +85,7 @@ void check_call(Random& random, const ReadGpuCall& call) {
 TEST(read_on_the_gpu_is_right_for_every_cell_norm_reduction_and_type) {
   const int64_t tokens[] = {1, 2, 13, 63, 97, 130}, ranks[] = {5, 33, 64, 70, 130}, widths[] = {5, 33, 70, 64, 136};
   uint64_t seed = 20000;
-  for (int sample = 0; sample < (kSanitized ? 1 : 3); ++sample)
+  for (int sample = 0; sample < (kSanitized ? 1 : 2); ++sample)
     for (Number number : kGpuNumbers)
       for (Cell cell : kCells)
         for (Norm norm : kNorms)
@@ -100,14 +101,15 @@ TEST(read_on_the_gpu_is_right_for_every_cell_norm_reduction_and_type) {
 
 // The ranks that have kernels of their own, in several tiles of tokens, with a warpgroup's matrix tiles and without.
 TEST(read_on_the_gpu_is_right_for_ranks_that_fit_on_chip) {
-  const int64_t tokens[] = {1, 63, 129, 200, 260}, widths[] = {64, 70, 136, 192};
+  const int64_t tokens[] = {1, 63, 129, 200, 260}, widths[] = {64, 70, 136, 300};
   uint64_t seed = 21000;
   for (Number number : {Number::bf16, kHalf})
     for (Cell cell : kCells)
       for (int64_t rank : {64, 128, 256}) {
         Random random(++seed);
-        if (kSanitized && (seed % 2 == 0 || rank == 256) && (rank != 256 || cell != Cell::gru || number == kHalf))
-          continue;
+        // Of the largest rank one: the definition takes its time, too.
+        const bool one = rank == 256 ? number == Number::bf16 && cell == Cell::gru : seed % 2 == 0;
+        if (kSanitized && !one) continue;
         const int64_t layers = 1 + random.below(rank == 256 ? 2 : 3);
         const ReadSizes sizes{cell,   random.pick(kNorms), random.pick(kReductions),
                               layers, random.pick(tokens), random.pick(widths),
@@ -115,6 +117,7 @@ TEST(read_on_the_gpu_is_right_for_ranks_that_fit_on_chip) {
         const ReadGpuCall call(number, sizes, random_options(random, cell), seed);
         const ReadTruth truth = truth_of(call), same_type = same_type_of(call);
         for (bool wgmma : {true, false}) {
+          if (kSanitized && !wgmma) continue;
           Machine machine = machine_with(random);
           machine.wgmma = wgmma;
           check_call(call, machine, random.coin(), truth, same_type);
@@ -128,12 +131,11 @@ TEST(read_on_the_gpu_takes_more_layers_than_a_launch) {
   for (Number number : kGpuNumbers)
     for (Cell cell : kCells) {
       Random random(++seed);
-      if (kSanitized && (seed % 2 == 0)) continue;
-      const bool many = number == Number::bf16 && cell == Cell::lstm;
+      if (kSanitized && seed % 4 != 1) continue;  // each type and each cell once
+      const bool many = number == Number::bf16 && cell == Cell::lstm && !kSanitized;
       const ReadOptions o = random_options(random, cell);
       // The mean: from the last layer alone nothing but denormal numbers would reach the first.
-      const ReadSizes sizes{cell, random.pick(kNorms), Reduce::mean, many ? 66 : 70, many && !kSanitized ? 131 : 5, 6,
-                            5};
+      const ReadSizes sizes{cell, random.pick(kNorms), Reduce::mean, many ? 66 : 70, many ? 131 : 5, many ? 136 : 6, 5};
       check_call(random, ReadGpuCall(number, sizes, o, seed));
     }
 }
