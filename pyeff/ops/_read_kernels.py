@@ -25,7 +25,7 @@ class Rule(NamedTuple):
 
     capabilities: tuple[int, ...]  # 10 * major + minor; none: every one
     dtypes: tuple[torch.dtype, ...]
-    max_rank: int
+    ranks: tuple[int, ...]  # none: every one
     backend: str
     basis: str
 
@@ -36,8 +36,8 @@ _ALL = (torch.float32, *_HALVES)
 # The first line that applies decides. Tokens and layers are in none of them: a choice that depended on the number of
 # tokens would compile a graph again for each.
 GPU_CHOICE = (
-    Rule((90,), _HALVES, 256, "cuda", "prediction: R stays in the shared memory of a cluster of two"),
-    Rule((), _ALL, 1 << 62, "triton", "prediction: the same traffic, and the compiler's own matrix pipeline"),
+    Rule((90,), _HALVES, (64, 128, 256), "cuda", "prediction: R stays in the shared memory of a cluster"),
+    Rule((), _ALL, (), "triton", "prediction: the same traffic, and the compiler's own matrix pipeline"),
 )
 
 
@@ -48,7 +48,7 @@ def prefer(device: torch.device, dtype: torch.dtype, cell: str, rank: int) -> tu
     major, minor = torch.cuda.get_device_capability(device)
     for rule in GPU_CHOICE:
         if (not rule.capabilities or 10 * major + minor in rule.capabilities) and (
-            dtype in rule.dtypes and rank <= rule.max_rank
+            dtype in rule.dtypes and (not rule.ranks or rank in rule.ranks)
         ):
             return (rule.backend, *(name for name in ("triton", "cuda") if name != rule.backend))
     return ("triton", "cuda")
