@@ -97,7 +97,7 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
 # Rows that are not whole 16-byte pieces come number by number, through registers: small tiles, for all architectures.
 _ODD: dict[str, Config] = {
     "project": _tile("odd", 32, 32, 32, 4, 1),
-    "recur": _units("odd", 16, 32, 32, 4, 1),
+    "recur": _units("odd", 16, 16, 16, 2, 1),
     "reverse": _units("odd", 16, 16, 32, 4, 1),
     "outer": _outer("odd", 32, 32, 16, 4, 1),
     "layer_gradient": _tile("odd", 16, 32, 32, 4, 1),
@@ -106,7 +106,7 @@ _ODD: dict[str, Config] = {
 # float32 is multiplied as such, by fused multiply-adds: accumulators are the limit, the same everywhere.
 _FLOAT: dict[str, tuple[Config, ...]] = {
     "project": (_tile("float", 64, 64, 16, 8, 2), _tile("float-small", 64, 32, 16, 4, 2)),
-    "recur": (_units("float", 32, 32, 16, 4, 2), _units("float-small", 16, 32, 16, 4, 2)),
+    "recur": (_units("float", 32, 32, 16, 8, 2), _units("float-small", 32, 16, 16, 4, 2)),
     "reverse": (_units("float", 32, 64, 16, 4, 2), _units("float-small", 16, 32, 16, 4, 2)),
     "outer": (_outer("float", 64, 64, 16, 8, 2), _outer("float-small", 64, 32, 16, 4, 2)),
     "layer_gradient": (_tile("float", 32, 64, 16, 8, 2), _tile("float-small", 32, 32, 16, 4, 2)),
