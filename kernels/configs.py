@@ -61,6 +61,13 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
         100: (_tile("large", 128, 128, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
         120: (_tile("large", 128, 128, 32, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
     },
+    # float32 rows beside 16-bit weights: twice the bytes of a stage, and the rounded tile once more.
+    "project_wide": {
+        80: (_tile("large", 128, 64, 64, 8, 2), _tile("small", 32, 64, 64, 4, 3)),
+        90: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
+        100: (_tile("large", 128, 64, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
+        120: (_tile("large", 64, 64, 64, 4, 2), _tile("small", 32, 64, 64, 4, 2)),
+    },
     "recur": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[80], 120: _RECUR[80]},
     "recur_lstm": dict.fromkeys(ARCHITECTURES, _RECUR_LSTM[80]) | _RECUR_LSTM,
     "fused": {
@@ -147,7 +154,7 @@ def configs(kernel: str, arch: int, itemsize: int, regular: bool = True) -> tupl
 
 @functools.cache
 def _configs(kernel: str, arch: int, itemsize: int, regular: bool, every: bool) -> tuple[Config, ...]:
-    own = kernel.removesuffix("_lstm").removesuffix("_mean")
+    own = kernel.removesuffix("_lstm").removesuffix("_mean").removesuffix("_wide")
     if kernel in _SMALL:
         found: tuple[Config, ...] = (_SMALL[kernel],)
     elif arch == INTERPRETER:
@@ -180,6 +187,11 @@ def choose(found: tuple[Config, ...], programs: Callable[[dict[str, int]], int],
 
 
 def supported(major: int, minor: int) -> int:
-    """The architecture whose configurations serve a device of this capability: the largest that is not newer."""
+    """The architecture whose configurations serve a device of this capability: the largest that is not newer.
+
+    8.6 and 8.9 have the shared memory of 12.0, 99 KB a block, and so its tiles.
+    """
     capability = 10 * major + minor
+    if capability in (86, 89):
+        return 120
     return max((arch for arch in ARCHITECTURES if arch <= capability), default=ARCHITECTURES[0])

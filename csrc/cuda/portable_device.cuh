@@ -127,6 +127,8 @@ PYEFF_DEVICE void store_cluster(T* p, std::common_type_t<T> v) {
 PYEFF_DEVICE Vec16 load_cluster16(const void* p) { return detail::read16(p); }
 PYEFF_DEVICE void store_cluster16(void* p, const Vec16& v) { detail::write16(p, v); }
 
+PYEFF_DEVICE void trap() { __trap(); }
+
 PYEFF_DEVICE int64_t opaque(int64_t v) {
   asm volatile("" : "+l"(v));
   return v;

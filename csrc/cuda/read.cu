@@ -8,6 +8,13 @@
 namespace pyeff::gpu {
 namespace {
 
+static_assert(ProjectTile<float>::kShared <= kSharedAnywhere && ProjectTile<bf16>::kShared <= kSharedAnywhere, "");
+static_assert(RecurTile<Cell::gru>::kShared <= kSharedAnywhere && RecurTile<Cell::lstm>::kShared <= kSharedAnywhere,
+              "");
+static_assert(ProjectWgmmaTile::kShared <= kSharedHopper, "");
+static_assert(ResidentTile<Cell::gru>::shared(256) <= kSharedHopper, "");
+static_assert(ResidentTile<Cell::lstm>::shared(256) <= kSharedHopper, "");
+
 // The arrays of a turn that are not outputs, cut from scratch.
 struct ForwardScratch {
   void *pre = nullptr, *h = nullptr;

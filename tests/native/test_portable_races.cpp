@@ -50,6 +50,11 @@ bool two_barriers() {
                [](int i) { return static_cast<float>(i + 1 + i / kThreads * kThreads + (i + 1) % kThreads + 1); });
 }
 template <bool Right>
+bool twice_summed() {
+  return right(two_sums<Right>, blocks(1, kThreads, kThreads / 8), 0, 2 * kThreads,
+               [](int i) { return static_cast<float>((1 + i / kThreads) * (kThreads * (kThreads + 1) / 2)); });
+}
+template <bool Right>
 bool in_a_warp() {
   return right(shuffle_for_warp_barrier<Right>, blocks(1, kThreads, kThreads * 4), 0, kThreads,
                [](int i) { return static_cast<float>((i ^ 1) + 1); });
@@ -123,6 +128,7 @@ int shown(bool (*once)()) {
 
 CHILD(missing_barrier) { one_barrier<false>(); }
 CHILD(missing_second_barrier) { two_barriers<false>(); }
+CHILD(two_sums) { twice_summed<false>(); }
 CHILD(shuffle_for_warp_barrier) { in_a_warp<false>(); }
 CHILD(early_overwrite) { stages<StageBug::early_overwrite>(); }
 CHILD(no_barrier_after_wait) { stages<StageBug::no_barrier>(); }
@@ -137,8 +143,9 @@ CHILD(unchecked) {
 TEST(planted_races_right_twins) {
   for (int seed : {1, 2, 3}) {
     setenv("PYEFF_EMULATE_SEED", std::to_string(seed).c_str(), 1);
-    CHECK(one_barrier<true>() && two_barriers<true>() && in_a_warp<true>() && stages<StageBug::none>() &&
-          neighbours<ClusterBug::none>() && between_blocks<true>() && factors<ProductBug::none>());
+    CHECK(one_barrier<true>() && two_barriers<true>() && twice_summed<true>() && in_a_warp<true>() &&
+          stages<StageBug::none>() && neighbours<ClusterBug::none>() && between_blocks<true>() &&
+          factors<ProductBug::none>());
     float in[64], out[64];
     run(unchecked<true>, blocks(1, 64, 200), Edge{in, out, 50});
   }
@@ -154,14 +161,17 @@ TEST(planted_missing_waits_show_in_the_results) {
 // A shuffle that should have been a barrier of the warp is not here: in an ordinary run it happens to be one.
 #ifdef __SANITIZE_THREAD__
 TEST(planted_races_are_reported) {
-  for (const char* child : {"missing_barrier", "missing_second_barrier", "shuffle_for_warp_barrier", "early_overwrite",
-                            "no_barrier_after_wait", "no_cluster_barrier", "blocks_collide", "factor_overwritten"})
+  for (const char* child :
+       {"missing_barrier", "missing_second_barrier", "two_sums", "shuffle_for_warp_barrier", "early_overwrite",
+        "no_barrier_after_wait", "no_cluster_barrier", "blocks_collide", "factor_overwritten"})
     reported(child, "ThreadSanitizer: data race");
 }
 #else
 TEST(planted_races_show_in_the_results) {
   CHECK(shown(one_barrier<false>) == kSeeds);
   CHECK(shown(two_barriers<false>) == kSeeds);
+  // Those in which one warp is far ahead.
+  CHECK(shown(twice_summed<false>) >= kSeeds / 3);
   CHECK(shown(stages<StageBug::early_overwrite>) == kSeeds);
   CHECK(shown(stages<StageBug::no_barrier>) == kSeeds);
   CHECK(shown(neighbours<ClusterBug::no_middle>) == kSeeds);

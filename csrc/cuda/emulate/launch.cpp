@@ -73,7 +73,8 @@ bool provide(const Launch& how) {
     t.wait = Wait::ended;
     if (!t.fiber.prepare(live, &t)) return false;
   }
-  m.ready.resize(static_cast<size_t>(m.live));
+  m.ready.resize(static_cast<size_t>(m.live / kLanes));
+  m.ready_warps.resize(m.ready.size());
   return true;
 }
 
@@ -111,6 +112,7 @@ void begin(Block& block) {
 void begin(Thread& t, Block& block, int index) {
   t.block = &block;
   t.index = index;
+  t.warp = (block.rank * block.threads + index) / kLanes;
   t.wait = Wait::none;
   t.at = nullptr;
   t.fenced_at = 0;
@@ -128,6 +130,7 @@ std::string run_cluster(const Launch& how, int64_t number, uint64_t seed) {
                      static_cast<int>(number / across / how.grid_y)};
   m.random = seed + static_cast<uint64_t>(number) * 0xd1342543de82ef95u;
   m.ended = m.ready_count = 0;
+  for (Ready& warp : m.ready) warp.count = 0;
   m.cluster_meeting.arrived = 0;
   m.cluster_meeting.phase = 0;
   m.cluster_tick = ++m.tick;
@@ -143,12 +146,13 @@ std::string run_cluster(const Launch& how, int64_t number, uint64_t seed) {
       const int fiber = static_cast<int>((b * how.threads + i + number * 37) % m.live);
       Thread& t = *m.threads[static_cast<size_t>(fiber)];
       begin(t, block, i);
-      m.ready[static_cast<size_t>(m.ready_count++)] = &t;
+      make_ready(t);
     }
   }
   m.complaint[0] = '\0';
   release(&m.begun);
-  Thread* first = m.ready[static_cast<size_t>(--m.ready_count)];
+  draw_manner();
+  Thread* first = pick_ready();
   running = first;
   m.host.change_to(first->fiber);
   running = nullptr;

@@ -52,17 +52,42 @@ std::string place(Site site) { return std::string(site.file) + ":" + std::to_str
 
 bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
+void make_ready(Thread& t) {
+  Machine& m = machine();
+  Ready& ready = m.ready.data()[t.warp];
+  if (ready.count == 0) m.ready_warps.data()[m.ready_count++] = t.warp;
+  ready.lanes[ready.count++] = &t;
+}
+
+void draw_manner() { machine().greedy = draw(machine().random) % 4 != 0; }
+
+// A barrier too few shows when one warp is far ahead of another one, which it never is while the choice falls on any
+// thread each time: who runs a warp to its end before the next one begins sees it. But a warp must be interrupted, too,
+// where it meets in shuffles. So between two barriers of a block it is the one or the other.
+Thread* pick_ready() {
+  Machine& m = machine();
+  if (m.ready_count == 0) return nullptr;
+  const uint64_t random = draw(m.random);
+  int at = static_cast<int>((random >> 32) % static_cast<uint64_t>(m.ready_count));
+  if (m.greedy && m.ready.data()[m.last_warp].count != 0)
+    while (m.ready_warps.data()[at] != m.last_warp) at = at + 1 == m.ready_count ? 0 : at + 1;
+  m.last_warp = m.ready_warps.data()[at];
+  Ready& ready = m.ready.data()[m.last_warp];
+  const uint32_t lane = static_cast<uint32_t>(random) % static_cast<uint32_t>(ready.count);
+  Thread* picked = ready.lanes[lane];
+  ready.lanes[lane] = ready.lanes[--ready.count];
+  if (ready.count == 0) m.ready_warps.data()[at] = m.ready_warps.data()[--m.ready_count];
+  return picked;
+}
+
 void give_way() {
   Machine& m = machine();
   Thread& from = self();
-  if (m.ready_count == 0) {
+  Thread* to = pick_ready();
+  if (to == nullptr) {
     from.fiber.change_to(m.host);
     return;
   }
-  const int pick = static_cast<int>(draw(m.random) % static_cast<uint64_t>(m.ready_count));
-  Thread** ready = m.ready.data();
-  Thread* to = ready[pick];
-  ready[pick] = ready[--m.ready_count];
   if (to == &from) return;
   running = to;
   from.fiber.change_to(to->fiber);
@@ -119,14 +144,14 @@ bool arrive(Meeting& meeting, int wanted, Wait kind, Site site, bool same_site) 
 }
 
 void release_all(Meeting& meeting, Thread* const* first, int count) {
-  Machine& m = machine();
   for (int i = 0; i < count; ++i) {
-    Thread* t = first[i];
-    if (t->at != &meeting) continue;
-    t->at = nullptr;
-    t->wait = Wait::none;
-    m.ready.data()[m.ready_count++] = t;
+    Thread& t = *first[i];
+    if (t.at != &meeting) continue;
+    t.at = nullptr;
+    t.wait = Wait::none;
+    make_ready(t);
   }
+  if (count > kLanes) draw_manner();
   meeting.arrived = 0;
   ++meeting.phase;
   give_way();
@@ -216,10 +241,13 @@ void cluster_barrier(Site site) {
   char* order = &meeting.order[meeting.phase & 1];
   release(order);
   if (arrive(meeting, m.live, Wait::cluster_barrier, site, true)) {
-    for (int i = 0; i < m.live; ++i) m.threads.data()[i]->at = nullptr;
-    for (int i = 0; i < m.live; ++i) m.threads.data()[i]->wait = Wait::none;
-    for (int i = 0; i < m.live; ++i) m.ready.data()[i] = m.threads.data()[i].get();
-    m.ready_count = m.live;
+    for (int i = 0; i < m.live; ++i) {
+      Thread& t = *m.threads.data()[i];
+      t.at = nullptr;
+      t.wait = Wait::none;
+      make_ready(t);
+    }
+    draw_manner();
     meeting.arrived = 0;
     ++meeting.phase;
   }

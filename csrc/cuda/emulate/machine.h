@@ -64,6 +64,7 @@ struct Thread : ThreadView {
   Site site = {"", 0};
   Meeting* at = nullptr;
   int barrier_id = 0;
+  int warp = 0;          // in the cluster
   void* slot = nullptr;  // the operands of the collective at which it waits
   uint32_t fenced_at = 0;
   // Asynchronous copies: those from done to issued are under way; group g ends before copy boundary[g % kMostGroups].
@@ -128,6 +129,12 @@ struct Block : BlockView {
 
 inline Block& Thread::of() const { return *static_cast<Block*>(block); }
 
+// The threads of a warp that may go on.
+struct Ready {
+  Thread* lanes[kLanes];
+  int count = 0;
+};
+
 struct Range {
   uintptr_t begin, size;
   bool writable;
@@ -137,8 +144,12 @@ struct Range {
 struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;  // all that there ever were; of which `live` are in the cluster
   std::vector<std::unique_ptr<Block>> blocks;
-  std::vector<Thread*> ready;
-  int live = 0, cluster = 1, ended = 0, ready_count = 0;
+  int live = 0, cluster = 1, ended = 0;
+  // Who may go on: warp by warp, and which warps have somebody.
+  std::vector<Ready> ready;
+  std::vector<int> ready_warps;
+  int ready_count = 0, last_warp = 0;
+  bool greedy = false;  // the warp that ran goes on as long as it can
   Fiber host;
   Meeting cluster_meeting;
   uint32_t tick = 0, cluster_tick = 0;  // proxy fences so far; when the cluster began
@@ -169,6 +180,11 @@ inline uint64_t draw(uint64_t& state) {
 }
 inline int number_of(const Thread& t) { return t.block->rank * kMostThreads + t.index; }
 
+void make_ready(Thread&);
+// Takes one of those who may go on, or nobody.
+Thread* pick_ready();
+// From now on, until the next call, the seed decides in this way or that; see pick_ready.
+void draw_manner();
 // Lets another thread run; returns when somebody made this one ready.
 void give_way();
 // Ends the launch with this complaint about the running thread.

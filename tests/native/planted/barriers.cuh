@@ -35,6 +35,23 @@ PYEFF_KERNEL void missing_second_barrier(const Row p) {
   }
 }
 
+// Two sums over the block, through one place for each warp. Wrong: the second sum's parts come while others still read
+// those of the first; but before them come shuffles, which keep the warps together unless one is far ahead.
+template <bool Right>
+PYEFF_KERNEL void two_sums(const Row p) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  for (int i = 0; i < 2; ++i) {
+    float x = load(p.in + thread_index()) * static_cast<float>(i + 1);
+    for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    if (lane() == 0) store_shared(shared + warp(), x);
+    barrier();
+    float sum = 0;
+    for (int w = 0; w < block_size() / kWarp; ++w) sum += load_shared(shared + w);
+    if (Right) barrier();
+    store(p.out + i * block_size() + thread_index(), sum);
+  }
+}
+
 // Wrong: a shuffle is no barrier for memory.
 template <bool Right>
 PYEFF_KERNEL void shuffle_for_warp_barrier(const Row p) {
