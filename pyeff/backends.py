@@ -163,34 +163,66 @@ def support(op: str, name: str) -> Support:
     if name not in served:
         return Support(False, f"no {name} kernel in this release")
     if name == "cpu":
-        reason = load_library()
+        reason = _missing(name)
         return Support(not reason, reason)
-    missing = "Triton is not installed" if name == "triton" and not importlib.util.find_spec("triton") else ""
     if EMULATED:
-        reason = missing or (load_emulated() if name == "cuda" else "")
+        reason = _missing(name) or (load_emulated() if name == "cuda" else "")
         return Support(not reason, reason or "emulated on the CPU (PYEFF_EMULATE), where it is named")
     if not torch.cuda.is_available():
         return Support(False, "torch sees no CUDA device")
-    reasons = [missing or _device_problem(name, i) for i in range(torch.cuda.device_count())]
+    reasons = [_device_problem(name, i) for i in range(torch.cuda.device_count())]
     return Support(not all(reasons), reasons[0] if all(reasons) else "")
 
 
 @functools.cache
+def _missing(name: str) -> str:
+    """What a backend needs and this installation lacks; an empty string where nothing does."""
+    if name == "triton":
+        return "" if importlib.util.find_spec("triton") else "Triton is not installed"
+    return load_library()
+
+
+@functools.cache
+def _unusable(name: str) -> bool:
+    """Whether a backend serves nothing on this machine: asked once, since every call of an op would ask."""
+    return not support(next(op for op, served in OPS.items() if name in served), name).usable
+
+
+@functools.cache
 def _device_problem(name: str, device: int) -> str:
-    """Why the kernels of one of the GPU's backends do not run on a device, or an empty string."""
-    if name == "cuda":
-        return load_library() or torch.ops.pyeff_cuda.why_not(device)
+    """Why the kernels of one of the GPU's backends do not run on a device, or an empty string.
+
+    By what the device says of itself: to ask the CUDA runtime whether a kernel is there would take memory on every
+    device that is asked, in every process.
+    """
+    if reason := _missing(name):
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"the Triton kernels need compute capability 8.0, this device has {major}.{minor}"
+    if name == "triton":
+        return "" if major >= 8 else f"the Triton kernels need compute capability 8.0, this device has {major}.{minor}"
+    built = torch.ops.pyeff_cuda.built_architectures()
+    if not built:
+        return "the compiled library has no CUDA code (no nvcc when pyeff was built)"
+    if any(_runs_on(arch, major, minor) for arch in built.split()):
+        return ""
+    return f"the CUDA kernels were built for {built}, which does not serve compute capability {major}.{minor}"
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for an architecture as nvcc names it ("80", "90a") runs on a device of a compute capability."""
+    digits = arch.rstrip("af")
+    of_major, of_minor = int(digits[:-1]), int(digits[-1])
+    return of_major == major and (of_minor == minor if arch.endswith("a") else of_minor <= minor)
 
 
 def refusal(
     op: str, name: str, device: torch.device, dtype: torch.dtype, transform: str = "", named: bool = True
 ) -> str:
     """Why backend ``name`` cannot serve this call; an empty string where it can."""
-    state = support(op, name)
-    if not state.usable or name == "reference":
-        return state.reason
+    if name == "reference":
+        return "" if OPS[op] else "not in this release"
+    if name not in OPS[op] or _unusable(name):
+        return support(op, name).reason
     if transform:
         return f"{transform} is not supported by the {name} kernels"
     emulated = EMULATED and DEVICE[name] == "cuda"

@@ -89,12 +89,12 @@ def at(place: Place) -> Iterator[None]:
 def does_not_apply(parameters: dict[str, Any], emulated: bool = False) -> bool:
     """Whether a test with these parameters is left out.
 
-    It is where a place is paired with a dtype that nothing computes in there; where it asks for no place, in a run for
-    the others; and where it asks for the interpreter without being marked ``emulated``.
+    It is where a place is paired with a dtype that nothing computes in there; and unless it is marked ``emulated``,
+    where it asks for the interpreter, or for no place in a run of those that do.
     """
     place = next((value for value in parameters.values() if isinstance(value, Place)), None)
     if place is None:
-        return backends.EMULATED or "PYEFF_TEST_PLACES" in os.environ
+        return (backends.EMULATED or "PYEFF_TEST_PLACES" in os.environ) and not emulated
     if backends.EMULATED and place.backend == "triton" and not emulated and os.environ["PYEFF_EMULATE"] != "all":
         return True
     return parameters.get("dtype", place.dtypes[0]) not in place.dtypes

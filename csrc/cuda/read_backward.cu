@@ -10,27 +10,41 @@
 namespace pyeff::gpu {
 namespace {
 
+static_assert(ReverseTile<float>::kShared <= kSharedAnywhere && DphiTile<float>::kShared <= kSharedAnywhere, "");
+static_assert(OuterTile<bf16>::kShared <= kSharedAnywhere && OuterTile<float>::kShared <= kSharedAnywhere, "");
+static_assert(OuterWgmmaTile::kShared <= kSharedHopper, "");
+
+// Splits of `tiles` products that keep the processors busiest: what a split takes, times the rounds of blocks, is
+// least. More splits are only taken where they gain a tenth: each has partial sums to write and to add.
+int64_t best_splits(int64_t tiles, int64_t processors) {
+  int64_t best = 1;
+  double least = static_cast<double>(div_up(tiles, processors));
+  for (int64_t splits = 2; splits <= 64 && tiles * splits <= 4 * processors; ++splits) {
+    const double time = static_cast<double>(div_up(tiles * splits, processors)) / static_cast<double>(splits);
+    if (time < 0.9 * least) best = splits, least = time;
+  }
+  return best;
+}
+
 // One of the two long products: its partial sums, and how often it is split.
 struct OuterSpace {
   int64_t width, splits;
   bool wide;  // by the tiles of a warpgroup
-  float *partial, *bias, *mean_sums = nullptr;
+  float *partial, *bias;
 
   int64_t columns() const { return wide ? OuterWgmmaTile::kColumns : 128; }
 
-  // `means`: what the rows' means add is taken off afterwards.
-  OuterSpace(const ReadSizes& s, int64_t width_, bool means, int64_t turn, const Machine& machine, Scratch& scratch)
+  OuterSpace(const ReadSizes& s, int64_t width_, int64_t turn, const Machine& machine, Scratch& scratch)
       : width(width_), wide(machine.wgmma && s.bytes == 2 && width_ >= OuterWgmmaTile::kColumns / 2) {
-    // As many blocks as run at once (the smaller tile's twice on a processor), but no split without work.
+    // As many blocks as run at once, one on a processor, but no split without work.
     const int64_t rows = s.gates * s.padded;
     const int64_t tiles = div_up(rows, int64_t{128}) * div_up(width, columns());
     const int64_t steps = div_up(turn * s.layers, int64_t{256});
-    splits = machine.processors * (wide ? 1 : 2) / tiles;
+    splits = best_splits(tiles, machine.processors);
     if (splits > steps) splits = steps;
     if (splits < 1) splits = 1;
     partial = scratch.take<float>(splits * rows * width * 4);
     bias = scratch.take<float>(splits * rows * 4);
-    if (means) mean_sums = scratch.take<float>(splits * rows * 4);
   }
 };
 
@@ -50,8 +64,8 @@ struct BackwardScratch {
         dgamma(scratch.take<float>(groups * s.width * 4)),
         dbeta(scratch.take<float>(groups * s.width * 4)),
         most(turn(p, b, s, machine)),
-        input(s, s.width, p.norm == Norm::layer && p.number != Number::f32, most, machine, scratch),
-        recurrent(s, s.rank, false, most, machine, scratch),
+        input(s, s.width, most, machine, scratch),
+        recurrent(s, s.rank, most, machine, scratch),
         da(scratch.take(s.layers * most * s.derivatives * s.padded * s.bytes)),
         carry_h(scratch.take<float>(most * s.rank * 4)),
         carry_c(scratch.take<float>(most * s.rank * 4)) {
@@ -170,8 +184,6 @@ class Backward {
       o.rows = rows;
       o.rstd = rstd() ? rstd() + first_layer * s_.tokens : nullptr;
       o.mean = mean() ? mean() + first_layer * s_.tokens : nullptr;
-      o.mean_sums = local_.input.mean_sums;
-      o.centre = o.mean && p_.number == Number::f32;
       with_numbers(p_, [&](auto number, auto phi) { run_outer<decltype(number), decltype(phi)>(local_.input, o); });
     }
   }
@@ -236,7 +248,6 @@ class Backward {
               float* dgamma, float* dbeta) {
     const FinishParams f{space.partial,
                          space.bias,
-                         space.mean_sums,
                          gamma,
                          beta,
                          w,

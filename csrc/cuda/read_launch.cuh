@@ -38,6 +38,10 @@ struct Grid {
   int64_t x, y = 1, z = 1;
 };
 
+// Shared memory that a block may have on every architecture that the kernels are built for (12.0 has the least), and on
+// the one that has warpgroups' matrix tiles.
+constexpr int kSharedAnywhere = 99 << 10, kSharedHopper = 227 << 10;
+
 class Launches {
  public:
   explicit Launches(void* stream) : stream_(stream) {}

@@ -1,6 +1,8 @@
 // The weights' gradients: products over all tokens of all layers, split over the tokens into partial sums of fixed
 // bounds that are added in order afterwards.
-//   S = sum_{l,n} (da rstd)^T (phi - mean)      and      dR = sum_{l,n} da^T h_{l-1}
+//   S = sum_{l,n} da^T ((phi - mean) rstd)      and      dR = sum_{l,n} da^T h_{l-1}
+// The normalised rows are rounded to the number type, as the definition rounds them: they are of the size of 1, whereas
+// da rstd may leave the range of float16.
 #pragma once
 
 #include "cuda/pipeline.cuh"
@@ -13,11 +15,10 @@ struct OuterParams {
   const void* da;            // [layers, tokens, derivatives, padded] of T, with da_stride
   const float *rstd, *mean;  // [layers, tokens] with stats_stride, or null
   float* partial;            // [splits, gates * padded, width]
-  float *bias, *mean_sums;   // [splits, gates * padded]: sums of da, and of da rstd mean
+  float* bias;               // [splits, gates * padded]: sums of da
   int64_t da_stride, da_ld, stats_stride, layers, tokens, first, width, padded;
   int gates, splits;
   bool recurrent_n;  // the GRU's last block of gates is the fourth of da
-  bool centre;       // subtract the mean from the rows as they are copied (float), not afterwards
   bool accumulate;
 };
 
@@ -29,27 +30,25 @@ struct OuterTile {
   static constexpr int kShared = kStages * kStage + 2 * kScales;
 };
 
-// Multiplies a fragment of da by the tokens' rstd.
+// Normalises fragments of the rows, with a stage's statistics in shared memory.
 template <class T>
-struct ScaleByToken {
-  const float* scale;  // of the stage's tokens, in shared memory; null: as it is
-  PYEFF_DEVICE void operator()(uint32_t (&r)[4], int k) const {
-    if (!scale) return;
-    const int at = k + 2 * (lane() % 4);
+struct Normalize {
+  const float *rstd, *mean;  // of the stage's tokens; rstd null: as they are
+
+  PYEFF_DEVICE void operator()(uint32_t (&r)[2], int k) const {
+    if (!rstd) return;
     PYEFF_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const float low = load_shared(scale + at + 8 * i), high = load_shared(scale + at + 8 * i + 1);
-      PYEFF_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        uint32_t& pair = r[2 * i + j];
-        pair = pack2<T>(low_of<T>(pair) * low, high_of<T>(pair) * high);
-      }
+      const int at = k + 2 * (lane() % 4) + 8 * i;
+      const float low = (low_of<T>(r[i]) - load_shared(mean + at)) * load_shared(rstd + at);
+      const float high = (high_of<T>(r[i]) - load_shared(mean + at + 1)) * load_shared(rstd + at + 1);
+      r[i] = pack2<T>(low, high);
     }
   }
   PYEFF_DEVICE void operator()(float (&x)[4], int k) const {
-    if (!scale) return;
+    if (!rstd) return;
     PYEFF_UNROLL
-    for (int i = 0; i < 4; ++i) x[i] *= load_shared(scale + k + i);
+    for (int i = 0; i < 4; ++i) x[i] = (x[i] - load_shared(mean + k + i)) * load_shared(rstd + k + i);
   }
 };
 
@@ -84,12 +83,11 @@ PYEFF_DEVICE void copy_outer(const OuterParams& p, char* stage, const OuterStep<
     const int64_t n = step.token + k, column = column0 + chunk * kChunk<T>;
     const bool there = n < p.tokens && rows.data && column < p.width;
     const int left = static_cast<int>(p.width - column < kChunk<T> ? p.width - column : kChunk<T>);
-    const float shift = p.centre && there ? load(p.mean + step.layer * p.stats_stride + n) : 0.0f;
     // Where there is nothing to copy, da stands for an address that is not read.
     const From* source = there ? static_cast<const From*>(rows.data) + row_offset(rows, p.first + n) + column
                                : reinterpret_cast<const From*>(da);
     copy_chunk<T>(stage + kRows * kRowBytes + chunk / 8 * kPanel + chunk_at(k, chunk % 8), source, there ? left : 0,
-                  rows.aligned, shift);
+                  rows.aligned);
   }
 }
 
@@ -97,23 +95,19 @@ PYEFF_DEVICE void copy_outer(const OuterParams& p, char* stage, const OuterStep<
 template <class T>
 struct OuterSums {
   static constexpr int kChunks = OuterTile<T>::kRows / kChunk<T>, kGroups = kThreads / kChunks;
-  float bias[kChunk<T>] = {}, mean[kChunk<T>] = {};
+  float bias[kChunk<T>] = {};
 
-  PYEFF_DEVICE void add(const char* stage, const float* scales, const float* means) {
+  PYEFF_DEVICE void add(const char* stage) {
     const int chunk = thread_index() % kChunks;
     for (int k = thread_index() / kChunks; k < kDepth<T>; k += kGroups) {
       const Vec16 v = load_shared16(stage + chunk / 8 * (kDepth<T> * kRowBytes) + chunk_at(k, chunk % 8));
-      const float weight = means ? load_shared(scales + k) * load_shared(means + k) : 0.0f;
       PYEFF_UNROLL
       for (int i = 0; i < kChunk<T>; ++i) {
-        float x;
         if constexpr (sizeof(T) == 4) {
-          x = float_of(v.x[i]);
+          bias[i] += float_of(v.x[i]);
         } else {
-          x = i % 2 ? high_of<T>(v.x[i / 2]) : low_of<T>(v.x[i / 2]);
+          bias[i] += i % 2 ? high_of<T>(v.x[i / 2]) : low_of<T>(v.x[i / 2]);
         }
-        bias[i] += x;
-        mean[i] = fmaf(x, weight, mean[i]);
       }
     }
   }
@@ -124,18 +118,13 @@ struct OuterSums {
     float* shared = reinterpret_cast<float*>(shared_memory());
     const int group = thread_index() / kChunks, column = thread_index() % kChunks * kChunk<T>;
     PYEFF_UNROLL
-    for (int i = 0; i < kChunk<T>; ++i) {
-      store_shared(shared + group * kRows + column + i, bias[i]);
-      store_shared(shared + (kGroups + group) * kRows + column + i, mean[i]);
-    }
+    for (int i = 0; i < kChunk<T>; ++i) store_shared(shared + group * kRows + column + i, bias[i]);
     barrier();
-    const int64_t row = row0 + thread_index() % kRows, all = p.gates * p.padded;
-    float* to = thread_index() < kRows ? p.bias : p.mean_sums;
-    if (!to || row >= all) return;
-    to += block_index_z() * all + row;
+    const int64_t row = row0 + thread_index(), all = p.gates * p.padded;
+    if (thread_index() >= kRows || row >= all) return;
+    float* to = p.bias + block_index_z() * all + row;
     float sum = p.accumulate ? load(to) : 0.0f;
-    const int first = thread_index() < kRows ? 0 : kGroups;
-    for (int i = first; i < first + kGroups; ++i) sum += load_shared(shared + i * kRows + thread_index() % kRows);
+    for (int i = 0; i < kGroups; ++i) sum += load_shared(shared + i * kRows + thread_index());
     store(to, sum);
   }
 };
@@ -148,7 +137,6 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_outer(const PYEFF_GRID_C
   const int64_t begin = steps * block_index_z() / p.splits, end = steps * (block_index_z() + 1) / p.splits;
   float* scales = reinterpret_cast<float*>(shared_memory() + Tile::kStages * Tile::kStage);
   float* means = scales + Tile::kStages * kDepth<T>;
-  const bool with_means = p.mean && !p.centre;
   const int m = warp() % 2 * 64, n = warp() / 2 * 32;
   float sums[Tile::kMT][Tile::kNT][4];
   clear(sums);
@@ -160,7 +148,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_outer(const PYEFF_GRID_C
     const int64_t token = step.token + thread_index();
     const bool there = p.rstd && i < end && thread_index() < kDepth<T> && token < p.tokens;
     rstd = there ? load(p.rstd + step.layer * p.stats_stride + token) : 0.0f;
-    mean = there && with_means ? load(p.mean + step.layer * p.stats_stride + token) : 0.0f;
+    mean = there && p.mean ? load(p.mean + step.layer * p.stats_stride + token) : 0.0f;
   };
   ask(begin);
   run_pipeline<Tile::kStages>(
@@ -174,12 +162,11 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_outer(const PYEFF_GRID_C
         ask(begin + i + 1);
       },
       [&](const char* stage, int i) {
-        const float* scale = scales + i % Tile::kStages * kDepth<T>;
-        multiply<T, Tile::kMT, Tile::kNT, Major::mn, Major::mn>(sums, stage, m, stage + Tile::kRows * kRowBytes,
-                                                                Columns{n, Tile::kNT, 0},
-                                                                ScaleByToken<T>{p.rstd ? scale : nullptr});
-        if (block_index_x() == 0)
-          columns.add(stage, scale, with_means ? means + i % Tile::kStages * kDepth<T> : nullptr);
+        const int at = i % Tile::kStages * kDepth<T>;
+        multiply<T, Tile::kMT, Tile::kNT, Major::mn, Major::mn>(
+            sums, stage, m, stage + Tile::kRows * kRowBytes, Columns{n, Tile::kNT, 0},
+            Normalize<T>{p.rstd ? scales + at : nullptr, means + at});
+        if (block_index_x() == 0) columns.add(stage);
       });
   const int64_t all = p.gates * p.padded;
   float* to = p.partial + block_index_z() * all * p.width;
@@ -201,10 +188,10 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_outer(const PYEFF_GRID_C
 }
 
 struct FinishParams {
-  const float *partial, *bias, *mean_sums;  // as read_outer leaves them; mean_sums or null
-  const void *gamma, *beta, *w;             // for the input's weights: [width], [width], [rows, width]; or null
-  void *dw, *db;                            // [rows, width], [rows]; null where not wanted
-  float *dgamma, *dbeta;                    // [row groups, width] or null
+  const float *partial, *bias;   // as read_outer leaves them
+  const void *gamma, *beta, *w;  // for the input's weights: [width], [width], [rows, width]; or null
+  void *dw, *db;                 // [rows, width], [rows]; null where not wanted
+  float *dgamma, *dbeta;         // [row groups, width] or null
   int64_t rank, padded, width;
   int gates, splits;
 };
@@ -225,15 +212,13 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_finish(const PYEFF_GRID_
     const int64_t row = int64_t{block_index_y()} * kFinishRows + i;
     if (row >= rows) break;
     const int64_t from = row / p.rank * p.padded + row % p.rank;
-    float sum = 0.0f, bias = 0.0f, mean_sum = 0.0f;
+    float sum = 0.0f, bias = 0.0f;
     for (int split = 0; split < p.splits; ++split) {
       if (there) sum += load(p.partial + (split * all + from) * p.width + column);
       bias += load(p.bias + split * all + from);
-      if (p.mean_sums) mean_sum += load(p.mean_sums + split * all + from);
     }
     if (p.db && column == 0) store(static_cast<T*>(p.db) + row, from_float<T>(bias));
     if (!there) continue;
-    sum -= mean_sum;
     if (p.dw) store(static_cast<T*>(p.dw) + row * p.width + column, from_float<T>(fmaf(sum, gamma, bias * beta)));
     if (p.dgamma || p.dbeta) {
       const float w = to_float(load(static_cast<const T*>(p.w) + row * p.width + column));

@@ -11,52 +11,49 @@ struct OuterWgmmaTile {
   static constexpr int kShared = kStages * kStage;
 };
 
-// A thread's part of the stages of da: 8 columns of every 16th token. What it copied it also scales, in place, before
-// the others see it; and it adds up these columns on the way.
+// A thread's part of the stages: 8 columns of every 8th token of the rows. What it copied it also normalises, in place,
+// before the others see it.
 template <class T>
-class OuterScaling {
+class OuterRows {
  public:
-  static constexpr int kTokens = kDepth<T> / (kThreads / 16);
+  static constexpr int kAcross = OuterWgmmaTile::kColumns / 8, kTokens = kDepth<T> / (kThreads / kAcross);
 
-  PYEFF_DEVICE OuterScaling(const OuterParams& p, int64_t end) : p_(p), end_(end) {}
+  PYEFF_DEVICE OuterRows(const OuterParams& p, int64_t end) : p_(p), end_(end) {}
 
   // The tokens' statistics for a step that comes later.
   PYEFF_DEVICE void ask(int64_t i) {
+    if (!p_.rstd) return;
     const OuterStep<T> step(p_, i);
     PYEFF_UNROLL
     for (int j = 0; j < kTokens; ++j) {
       const int64_t token = step.token + row(j), at = step.layer * p_.stats_stride + token;
-      const bool there = p_.rstd && i < end_ && token < p_.tokens;
+      const bool there = i < end_ && token < p_.tokens;
       rstd_[j] = there ? load(p_.rstd + at) : 0.0f;
-      weight_[j] = there && p_.mean ? rstd_[j] * load(p_.mean + at) : 0.0f;
+      mean_[j] = there && p_.mean ? load(p_.mean + at) : 0.0f;
     }
   }
 
-  PYEFF_DEVICE void apply(char* stage, OuterSums<T>& sums, bool count) const {
-    if (!p_.rstd && !count) return;
-    const int chunk = thread_index() % 16;
+  PYEFF_DEVICE void normalize(char* rows) const {
+    if (!p_.rstd) return;
+    const int chunk = thread_index() % kAcross;
     PYEFF_UNROLL
     for (int j = 0; j < kTokens; ++j) {
-      char* at = stage + chunk / 8 * (kDepth<T> * kRowBytes) + chunk_at(row(j), chunk % 8);
+      char* at = rows + chunk / 8 * (kDepth<T> * kRowBytes) + chunk_at(row(j), chunk % 8);
       Vec16 v = load_shared16(at);
       PYEFF_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const float x = i % 2 ? high_of<T>(v.x[i / 2]) : low_of<T>(v.x[i / 2]);
-        if (count) sums.bias[i] += x, sums.mean[i] = fmaf(x, weight_[j], sums.mean[i]);
+      for (int i = 0; i < 4; ++i) {
+        v.x[i] = pack2<T>((low_of<T>(v.x[i]) - mean_[j]) * rstd_[j], (high_of<T>(v.x[i]) - mean_[j]) * rstd_[j]);
       }
-      if (!p_.rstd) continue;
-      PYEFF_UNROLL
-      for (int i = 0; i < 4; ++i) v.x[i] = pack2<T>(low_of<T>(v.x[i]) * rstd_[j], high_of<T>(v.x[i]) * rstd_[j]);
       store_shared16(at, v);
     }
   }
 
  private:
-  PYEFF_DEVICE static int row(int j) { return thread_index() / 16 + j * (kThreads / 16); }
+  PYEFF_DEVICE static int row(int j) { return thread_index() / kAcross + j * (kThreads / kAcross); }
 
   const OuterParams& p_;
   const int64_t end_;
-  float rstd_[kTokens], weight_[kTokens];
+  float rstd_[kTokens], mean_[kTokens];
 };
 
 // 64 rows by 256 columns, 64 tokens deep. Both operands have their tokens along the rows of the panels.
@@ -84,7 +81,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_outer_wgmma(const PYEFF_
     const bool first = block_index_x() == 0;
     float sums[128];
     OuterSums<T> columns;
-    OuterScaling<T> scaling(p, end);
+    OuterRows<T> own(p, end);
     const auto fill = [&](int i) {
       if (i < count)
         copy_outer<T, From, Tile::kColumns>(p, shared_memory() + i % Tile::kStages * Tile::kStage,
@@ -93,19 +90,20 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_outer_wgmma(const PYEFF_
     };
     fill(0);
     fill(1);
-    scaling.ask(begin);
+    own.ask(begin);
     for (int i = 0; i < count; ++i) {
       char* stage = shared_memory() + i % Tile::kStages * Tile::kStage;
-      // As in read_project_wgmma; in between, a thread scales what it copied itself, while the products of the stage
-      // before go on.
+      // As in read_project_wgmma; in between, a thread normalises what it copied itself, while the products of the
+      // stage before go on.
       copy_async_wait<1>();
-      scaling.apply(stage, columns, first);
+      own.normalize(stage + Tile::kRows * kRowBytes);
       async_proxy_fence();
       wgmma_wait<1>();
       barrier();
       start_outer<T>(sums, stage + warp() / 4 * (kDepth<T> * kRowBytes), stage + Tile::kRows * kRowBytes, i > 0);
       fill(i + 2);
-      scaling.ask(begin + i + 1);
+      if (first) columns.add(stage);
+      own.ask(begin + i + 1);
     }
     wgmma_wait<0>();
     wgmma_pin(sums);
@@ -128,6 +126,8 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_outer_wgmma(const PYEFF_
       barrier();
       columns.finish(p, row0);
     }
+  } else {
+    trap();
   }
 }
 

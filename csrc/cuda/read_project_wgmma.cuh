@@ -117,6 +117,8 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) read_project_wgmma(const PYEF
     }
     barrier();
     StagedRows::store<T>(p, row0, column0);
+  } else {
+    trap();
   }
 }
 

@@ -191,6 +191,8 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(ResidentTile<C>::kThreads, 1)
     const int64_t step = grid_size_x() / blocks * int64_t{ResidentTile<C>::kRows};
     for (int64_t row0 = block_index_x() / blocks * int64_t{ResidentTile<C>::kRows}; row0 < p.tokens; row0 += step)
       resident.run(row0);
+  } else {
+    trap();
   }
 }
 

@@ -32,9 +32,9 @@ struct Columns {
   PYEFF_DEVICE int operator()(int tile) const { return start + (tile / per) * stride + (tile % per) * 8; }
 };
 
-// Leaves fragments of A as they are.
+// Leaves fragments of B as they are.
 struct AsIs {
-  PYEFF_DEVICE void operator()(uint32_t (&)[4], int) const {}
+  PYEFF_DEVICE void operator()(uint32_t (&)[2], int) const {}
 };
 
 namespace detail {
@@ -83,26 +83,24 @@ PYEFF_DEVICE void load_four(float (&x)[4], const char* tile, int row, int k) {
 
 // Adds one stage (kDepth<T> steps) to a warp's tile: rows [row, row + 16 MT) of A, column tiles `columns(0..NT)` of B.
 // d is laid out as by mma.sync: lane l has, of each 16 x 8, rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
-// `scale(fragment, k)` may change a fragment of A whose first step is k; for float it is given (values, k).
-template <class T, int MT, int NT, Major A, Major B, class Scale = AsIs>
+// `change(fragment, k)` may change a fragment of B whose first step is k; for float, the values of four steps.
+template <class T, int MT, int NT, Major A, Major B, class Change = AsIs>
 PYEFF_DEVICE void multiply(float (&d)[MT][NT][4], const char* a, int row, const char* b, const Columns& columns,
-                           const Scale& scale = Scale()) {
+                           const Change& change = Change()) {
   if constexpr (std::is_same<T, float>::value) {
     // Unrolled, its loads would be moved ahead of the products until the registers are out.
     PYEFF_NO_UNROLL
     for (int k = 0; k < kDepth<float>; k += 4) {
       float x[2 * MT][4];
       PYEFF_UNROLL
-      for (int m = 0; m < 2 * MT; ++m) {
-        detail::load_four<A>(x[m], a, row + m * 8 + lane() / 4, k);
-        if constexpr (!std::is_same<Scale, AsIs>::value) scale(x[m], k);
-      }
+      for (int m = 0; m < 2 * MT; ++m) detail::load_four<A>(x[m], a, row + m * 8 + lane() / 4, k);
       PYEFF_UNROLL
       for (int n = 0; n < NT; ++n) {
         PYEFF_UNROLL
         for (int e = 0; e < 2; ++e) {
           float y[4];
           detail::load_four<B>(y, b, columns(n) + 2 * (lane() % 4) + e, k);
+          if constexpr (!std::is_same<Change, AsIs>::value) change(y, k);
           PYEFF_UNROLL
           for (int m = 0; m < 2 * MT; ++m) {
             float& sum = d[m / 2][n][(m % 2) * 2 + e];
@@ -118,12 +116,13 @@ PYEFF_DEVICE void multiply(float (&d)[MT][NT][4], const char* a, int row, const 
     for (int k = 0; k < kDepth<T>; k += 16) {
       uint32_t x[MT][4], y[NT][2];
       PYEFF_UNROLL
-      for (int m = 0; m < MT; ++m) {
-        detail::load_a<T, A>(x[m], a, row + 16 * m, k);
-        scale(x[m], k);
-      }
+      for (int m = 0; m < MT; ++m) detail::load_a<T, A>(x[m], a, row + 16 * m, k);
       PYEFF_UNROLL
-      for (int n = 0; n < NT; n += 2) detail::load_b<T, B>(y[n], y[n + 1], b, columns(n), k);
+      for (int n = 0; n < NT; n += 2) {
+        detail::load_b<T, B>(y[n], y[n + 1], b, columns(n), k);
+        change(y[n], k);
+        change(y[n + 1], k);
+      }
       mma_tile<T, MT, NT>(d, x, y);
     }
   }

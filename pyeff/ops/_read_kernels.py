@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Rule(NamedTuple):
 
     capabilities: tuple[int, ...]  # 10 * major + minor; none: every one
     dtypes: tuple[torch.dtype, ...]
-    max_rank: int
+    ranks: tuple[int, ...]  # none: every one
     backend: str
     basis: str
 
@@ -36,22 +37,32 @@ _ALL = (torch.float32, *_HALVES)
 # The first line that applies decides. Tokens and layers are in none of them: a choice that depended on the number of
 # tokens would compile a graph again for each.
 GPU_CHOICE = (
-    Rule((90,), _HALVES, 256, "cuda", "prediction: R stays in the shared memory of a cluster of two"),
-    Rule((), _ALL, 1 << 62, "triton", "prediction: the same traffic, and the compiler's own matrix pipeline"),
+    Rule((90,), _HALVES, (64, 128, 256), "cuda", "prediction: R stays in the shared memory of a cluster"),
+    Rule((), _ALL, (), "triton", "prediction: the same traffic, and the compiler's own matrix pipeline"),
 )
 
 
 def prefer(device: torch.device, dtype: torch.dtype, cell: str, rank: int) -> tuple[str, ...]:
     """The GPU's backends in the order in which they are tried; empty for tensors that are elsewhere."""
-    if device.type != "cuda":
+    # Tensors may claim a device that is not there: those without data, of torch.export and fake modes.
+    if device.type != "cuda" or not torch.cuda.is_available():
         return ()
-    major, minor = torch.cuda.get_device_capability(device)
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    capability = _capability(index)
     for rule in GPU_CHOICE:
-        if (not rule.capabilities or 10 * major + minor in rule.capabilities) and (
-            dtype in rule.dtypes and rank <= rule.max_rank
+        if (
+            (not rule.capabilities or capability in rule.capabilities)
+            and dtype in rule.dtypes
+            and (not rule.ranks or rank in rule.ranks)
         ):
             return (rule.backend, *(name for name in ("triton", "cuda") if name != rule.backend))
     return ("triton", "cuda")
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def empty_forward(phi, w_ih, w_hh, cell, norm, save) -> tuple[Tensor, ...]:

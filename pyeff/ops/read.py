@@ -95,7 +95,8 @@ def read_recurrence(
             apply.
         RuntimeError: a backend was named that cannot serve the call; or a double backward through the kernels.
 
-    All tensors have one dtype, float64, float32 or bfloat16 (float16 by the reference); under autocast the weights and
+    All tensors have one dtype, float64, float32, bfloat16 or float16 (on a CPU float16, and on a GPU float64, by the
+    reference); under autocast the weights and
     states are cast to its dtype. Source: Nguyen et al., "READ: Recurrent Adaptation of Large Transformers", 2023, arXiv
     2305.15348, section 3.
 

@@ -55,7 +55,7 @@ ReadInputs::ReadInputs(Number number, const ReadSizes& sizes, const ReadOptions&
     for (int64_t i = 0; i < count; ++i) input.set(i, offset + scale * random.uniform());
     for (int64_t i = 0; i < count; ++i) value.push_back(input[i]);
   };
-  for (int64_t i = 0; i < sizes.layers; ++i) lay_out(random, o.layouts[i % 3], o.aligned);
+  for (int64_t i = 0; i < sizes.layers; ++i) lay_out(random, o.layouts[i % 3], o);
   fill(w_ih_, values.w_ih, true, rows * sizes.width, 1.7 / std::sqrt(double(sizes.width)));
   fill(w_hh_, values.w_hh, true, rows * sizes.rank, 1.2 / std::sqrt(double(sizes.rank)));
   fill(b_ih_, values.b_ih, o.b_ih, rows, 0.5);
@@ -64,11 +64,11 @@ ReadInputs::ReadInputs(Number number, const ReadSizes& sizes, const ReadOptions&
   fill(norm_bias_, values.norm_bias, o.norm_bias && sizes.norm == Norm::layer, sizes.width, 0.4);
   fill(h0_, values.h0, o.h0, state, 1.0);
   fill(c0_, values.c0, o.c0 && sizes.cell == Cell::lstm, state, 1.0);
-  fill(grad_out_, values.grad_out, o.grad_out, state, 1.0);
-  fill(grad_c_, values.grad_c, o.grad_c && sizes.cell == Cell::lstm, state, 1.0);
+  fill(grad_out_, values.grad_out, o.grad_out, state, o.grad_range);
+  fill(grad_c_, values.grad_c, o.grad_c && sizes.cell == Cell::lstm, state, o.grad_range);
 }
 
-void ReadInputs::lay_out(Random& random, Layout layout, bool aligned) {
+void ReadInputs::lay_out(Random& random, Layout layout, const ReadOptions& o) {
   const int64_t n = sizes.tokens, d = sizes.width, a = divisor(n, 9), b = divisor(n / a, 4);
   const int64_t chunk = 16 / size_of(phi_number), whole = (d + chunk - 1) / chunk * chunk;
   ReadRows rows{};
@@ -115,8 +115,8 @@ void ReadInputs::lay_out(Random& random, Layout layout, bool aligned) {
   }
   int64_t last = (d - 1) * rows.inner;
   for (int i = 0; i < rows.dims; ++i) last += (rows.size[i] - 1) * rows.stride[i];
-  Input phi(phi_number, last + 1, aligned);
-  for (int64_t i = 0; i <= last; ++i) phi.set(i, 0.3 + 2 * random.uniform());
+  Input phi(phi_number, last + 1, o.aligned);
+  for (int64_t i = 0; i <= last; ++i) phi.set(i, o.phi_mean + o.phi_range * random.uniform());
   Values value;
   for (int64_t token = 0; token < n; ++token) {
     int64_t at = 0, rest = token;

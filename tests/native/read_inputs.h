@@ -31,6 +31,7 @@ struct ReadOptions {
   bool grad_out = true, grad_c = true;
   bool wide_phi = false;                                              // with 16-bit weights: phi in f32
   Layout layouts[3] = {Layout::dense, Layout::dense, Layout::dense};  // of layer i: layouts[i % 3]
+  double phi_mean = 0.3, phi_range = 2, grad_range = 1;               // uniform within mean +- range; grads around 0
   bool aligned = false;                                               // everything begins at a multiple of 16 bytes
 };
 
@@ -75,7 +76,7 @@ class ReadInputs {
   Input w_ih_, w_hh_, b_ih_, b_hh_, norm_weight_, norm_bias_, h0_, c0_, grad_out_, grad_c_;
 
  private:
-  void lay_out(Random& random, Layout layout, bool aligned);
+  void lay_out(Random& random, Layout layout, const ReadOptions& options);
   void compare(const char* who, const char* what, const Output& found, const Values& truth, double same_type,
                int64_t terms, double scale = 0) const;
 };

@@ -171,3 +171,23 @@ TEST(every_output_of_the_gpu_can_be_wanted_alone) {
         }
       }
 }
+
+// Layer outputs of every size, and gradients that are small: half precision has few exponents.
+TEST(read_on_the_gpu_is_right_for_large_and_small_numbers) {
+  uint64_t seed = 24000;
+  for (Number number : kGpuNumbers)
+    for (Norm norm : {Norm::rms, Norm::layer})
+      for (int64_t width : {40, 136}) {
+        const struct {
+          double mean, range, grad;
+        } cases[] = {{0, 1000, 1e-3}, {0, 1e-2, 30}, {100, 10, 1}};
+        for (const auto& numbers : cases) {
+          Random random(++seed);
+          if (kSanitized && seed % 4 != 0) continue;
+          ReadOptions o = random_options(random, Cell::gru);
+          o.phi_mean = numbers.mean, o.phi_range = numbers.range, o.grad_range = numbers.grad;
+          const ReadSizes sizes{Cell::gru, norm, Reduce::mean, 2, 63, width, 33};
+          check_call(random, ReadGpuCall(number, sizes, o, seed));
+        }
+      }
+}

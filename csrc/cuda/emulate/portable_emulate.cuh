@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 
 #include "cuda/emulate/emulate.h"
 
@@ -173,6 +174,7 @@ inline void store_cluster16(void* p, const Vec16& v, PYEFF_HERE) {
   *static_cast<Vec16*>(p) = v;
 }
 
+inline void trap() { std::abort(); }
 inline int64_t opaque(int64_t v) { return v; }
 inline float exp_approx(float x) { return std::exp(x); }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
@@ -192,5 +194,11 @@ const char* launch(void (*kernel)(P), const Launch& how, const P& params) {
 }
 
 #undef PYEFF_HERE
+
+// Few: each takes several tiles, so that what a cluster keeps between them is seen.
+template <class P>
+int clusters_at_once(void (*)(P), const Launch&) {
+  return 2;
+}
 
 }  // namespace pyeff::gpu
