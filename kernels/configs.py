@@ -102,18 +102,22 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
 }
 
 # Rows that are not whole 16-byte pieces come number by number, through registers: small tiles, for all architectures.
-_ODD: dict[str, Config] = {
-    "project": _tile("odd", 32, 32, 32, 4, 1),
-    "recur": _units("odd", 16, 32, 32, 4, 1),
-    "reverse": _units("odd", 16, 16, 32, 4, 1),
-    "outer": _outer("odd", 32, 32, 16, 4, 1),
-    "layer_gradient": _tile("odd", 16, 32, 32, 4, 1),
+_ODD: dict[str, tuple[Config, ...]] = {
+    "project": (_tile("odd", 32, 32, 32, 4, 1),),
+    "recur": (_units("odd", 16, 32, 32, 8, 1), _units("odd-small", 16, 16, 16, 2, 1)),
+    "reverse": (_units("odd", 16, 16, 32, 4, 1),),
+    "outer": (_outer("odd", 32, 32, 16, 4, 1),),
+    "layer_gradient": (_tile("odd", 16, 32, 32, 4, 1),),
 }
 
 # float32 is multiplied as such, by fused multiply-adds: accumulators are the limit, the same everywhere.
 _FLOAT: dict[str, tuple[Config, ...]] = {
     "project": (_tile("float", 64, 64, 16, 8, 2), _tile("float-small", 64, 32, 16, 4, 2)),
-    "recur": (_units("float", 32, 32, 16, 4, 2), _units("float-small", 16, 32, 16, 4, 2)),
+    "recur": (
+        _units("float", 32, 32, 16, 8, 2),
+        _units("float-few-warps", 32, 32, 16, 4, 2),
+        _units("float-small", 32, 16, 16, 4, 2),
+    ),
     "reverse": (_units("float", 32, 64, 16, 4, 2), _units("float-small", 16, 32, 16, 4, 2)),
     "outer": (_outer("float", 64, 64, 16, 8, 2), _outer("float-small", 64, 32, 16, 4, 2)),
     "layer_gradient": (_tile("float", 32, 64, 16, 8, 2), _tile("float-small", 32, 32, 16, 4, 2)),
@@ -160,7 +164,7 @@ def _configs(kernel: str, arch: int, itemsize: int, regular: bool, every: bool) 
     elif arch == INTERPRETER:
         found = _INTERPRETED[own]
     elif not regular and own in _ODD:
-        found = (_ODD[own],)
+        found = _ODD[own]
     else:
         found = _FLOAT.get(own, ()) if itemsize == 4 else _HALF[kernel][arch]
     named = (config._replace(name=f"{kernel}/{config.name}") for config in found)
