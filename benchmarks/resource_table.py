@@ -1,0 +1,58 @@
+"""What kernels take of an SM, by architecture: threads of a block, blocks on it, matrix instruction.
+
+The predictions rest on it. Written by ``python scripts/gpu_resources.py --write``, not by hand.
+"""
+
+VERSIONS = {"nvcc": "V13.0.88"}
+
+# On sm_80, sm_90, sm_100, sm_120; None where the kernel is not launched.
+RESOURCES: dict[str, tuple[tuple[int, int, str] | None, ...]] = {
+    "read_dphi<bf16>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_dphi<f16>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_dphi<float>": ((256, 1, ""), (256, 1, ""), (256, 1, ""), (256, 1, "")),
+    "read_finish<bf16>": ((256, 4, ""), (256, 4, ""), (256, 3, ""), (256, 3, "")),
+    "read_finish<f16>": ((256, 4, ""), (256, 4, ""), (256, 3, ""), (256, 3, "")),
+    "read_finish<float>": ((256, 4, ""), (256, 3, ""), (256, 3, ""), (256, 3, "")),
+    "read_fold<bf16>": ((128, 16, ""), (128, 16, ""), (128, 16, ""), (128, 12, "")),
+    "read_fold<f16>": ((128, 16, ""), (128, 16, ""), (128, 16, ""), (128, 12, "")),
+    "read_fold<float>": ((128, 16, ""), (128, 16, ""), (128, 16, ""), (128, 12, "")),
+    "read_norm_backward<bf16, bf16>": ((256, 8, ""), (256, 8, ""), (256, 5, ""), (256, 5, "")),
+    "read_norm_backward<f16, f16>": ((256, 8, ""), (256, 8, ""), (256, 4, ""), (256, 4, "")),
+    "read_norm_backward<float, float>": ((256, 4, ""), (256, 4, ""), (256, 4, ""), (256, 4, "")),
+    "read_norm_grads<bf16>": ((256, 5, ""), (256, 5, ""), (256, 5, ""), (256, 6, "")),
+    "read_norm_grads<f16>": ((256, 5, ""), (256, 5, ""), (256, 5, ""), (256, 6, "")),
+    "read_norm_grads<float>": ((256, 5, ""), (256, 6, ""), (256, 5, ""), (256, 6, "")),
+    "read_outer<bf16, bf16>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_outer<f16, f16>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_outer<float, float>": ((256, 1, ""), (256, 1, ""), (256, 1, ""), (256, 1, "")),
+    "read_project<bf16, bf16>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_project<f16, f16>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_project<float, float>": ((256, 2, ""), (256, 2, ""), (256, 2, ""), (256, 1, "")),
+    "read_project_wgmma<bf16, bf16>": (None, (256, 1, "wgmma"), None, None),
+    "read_project_wgmma<f16, f16>": (None, (256, 1, "wgmma"), None, None),
+    "read_recur<bf16, Cell 0>": ((256, 2, "mma"), (256, 2, "mma"), (256, 2, "mma"), (256, 2, "mma")),
+    "read_recur<bf16, Cell 1>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_recur<bf16, Cell 2>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_recur<f16, Cell 0>": ((256, 2, "mma"), (256, 2, "mma"), (256, 2, "mma"), (256, 2, "mma")),
+    "read_recur<f16, Cell 1>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_recur<f16, Cell 2>": ((256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_recur<float, Cell 0>": ((256, 2, ""), (256, 2, ""), (256, 2, ""), (256, 2, "")),
+    "read_recur<float, Cell 1>": ((256, 1, ""), (256, 1, ""), (256, 1, ""), (256, 1, "")),
+    "read_recur<float, Cell 2>": ((256, 1, ""), (256, 1, ""), (256, 1, ""), (256, 1, "")),
+    "read_resident<bf16, Cell 0>": (None, (256, 2, "wgmma"), None, None),
+    "read_resident<bf16, Cell 1>": (None, (512, 1, "wgmma"), None, None),
+    "read_resident<bf16, Cell 2>": (None, (512, 1, "wgmma"), None, None),
+    "read_resident<f16, Cell 0>": (None, (256, 2, "wgmma"), None, None),
+    "read_resident<f16, Cell 1>": (None, (512, 1, "wgmma"), None, None),
+    "read_resident<f16, Cell 2>": (None, (512, 1, "wgmma"), None, None),
+    "read_reverse<bf16, Cell 0>": ((256, 2, "mma"), (256, 2, "mma"), (256, 2, "mma"), (256, 1, "mma")),
+    "read_reverse<bf16, Cell 1>": ((256, 2, "mma"), (256, 2, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_reverse<bf16, Cell 2>": ((256, 2, "mma"), (256, 2, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_reverse<f16, Cell 0>": ((256, 2, "mma"), (256, 2, "mma"), (256, 2, "mma"), (256, 1, "mma")),
+    "read_reverse<f16, Cell 1>": ((256, 2, "mma"), (256, 2, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_reverse<f16, Cell 2>": ((256, 2, "mma"), (256, 2, "mma"), (256, 1, "mma"), (256, 1, "mma")),
+    "read_reverse<float, Cell 0>": ((256, 1, ""), (256, 1, ""), (256, 1, ""), (256, 1, "")),
+    "read_reverse<float, Cell 1>": ((256, 1, ""), (256, 1, ""), (256, 1, ""), (256, 1, "")),
+    "read_reverse<float, Cell 2>": ((256, 1, ""), (256, 1, ""), (256, 1, ""), (256, 1, "")),
+    "read_stats<float>": ((256, 6, ""), (256, 6, ""), (256, 6, ""), (256, 6, "")),
+}
