@@ -107,7 +107,8 @@ class Problem:
 
     def project(self, place: Place, stats: Tensor | None) -> None:
         """The input products of all layers, into the place's buffer."""
-        config = self.tile("project", self.tokens, self.layers, self.regular)
+        wide = self.itemsize == 2 and self.inputs.constants["PHI"] == KINDS[torch.float32]
+        config = self.tile("project_wide" if wide else "project", self.tokens, self.layers, self.regular)
         blocks = config.blocks
         tiles, columns = cdiv(place.count, blocks["BLOCK_N"]), cdiv(self.gates, blocks["BLOCK_M"])
         launch(

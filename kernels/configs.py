@@ -66,8 +66,8 @@ _RECUR = {
 # Four gates: four accumulators, or four gates' gradients at once.
 _RECUR_LSTM = {
     80: (_units("large", 128, 32, 64, 8, 3), _units("medium", 64, 32, 32, 4, 4), _LSTM_SMALL),
-    100: (_units("large", 128, 32, 64, 8, 3), _up_to(255, _units("medium", 64, 32, 32, 4, 4)), _LSTM_SMALL),
     120: (_up_to(255, _units("large", 64, 32, 32, 4, 4)), _units("medium", 32, 32, 64, 4, 3), _LSTM_SMALL),
+    100: (_units("large", 128, 32, 64, 8, 3), _up_to(255, _units("medium", 64, 32, 32, 4, 4)), _LSTM_SMALL),
 }
 
 # 16-bit operands. Stages are what shared memory holds: 163 KB (80), 227 KB (90, 100), 99 KB (120) a block.
@@ -77,6 +77,13 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
         90: (_tile("large", 128, 256, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
         100: (_tile("large", 128, 128, 64, 8, 4), _up_to(128, _tile("small", 64, 64, 64, 4, 3))),
         120: (_tile("large", 128, 128, 32, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
+    },
+    # float32 rows beside 16-bit weights: twice the bytes of a stage, and the rounded tile once more.
+    "project_wide": {
+        80: (_tile("large", 128, 64, 64, 8, 2), _tile("small", 32, 64, 64, 4, 3)),
+        90: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
+        100: (_tile("large", 128, 64, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
+        120: (_tile("large", 64, 64, 64, 4, 2), _tile("small", 32, 64, 64, 4, 2)),
     },
     "recur": {80: _RECUR[80], 90: _RECUR[90], 100: _RECUR[80], 120: _RECUR[80]},
     "recur_lstm": dict.fromkeys(ARCHITECTURES, _RECUR_LSTM[80]) | _RECUR_LSTM,
@@ -112,18 +119,22 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
 }
 
 # Rows that are not whole 16-byte pieces come number by number, through registers: small tiles, for all architectures.
-_ODD: dict[str, Config] = {
-    "project": _tile("odd", 32, 32, 32, 4, 1),
-    "recur": _up_to(255, _units("odd", 16, 16, 32, 4, 1)),
-    "reverse": _units("odd", 16, 16, 32, 4, 1),
-    "outer": _outer("odd", 32, 32, 16, 4, 1),
-    "layer_gradient": _tile("odd", 16, 32, 32, 4, 1),
+_ODD: dict[str, tuple[Config, ...]] = {
+    "project": (_tile("odd", 32, 32, 32, 4, 1),),
+    "recur": (_units("odd", 16, 32, 32, 8, 1), _units("odd-small", 16, 16, 16, 2, 1)),
+    "reverse": (_units("odd", 16, 16, 32, 4, 1),),
+    "outer": (_outer("odd", 32, 32, 16, 4, 1),),
+    "layer_gradient": (_tile("odd", 16, 32, 32, 4, 1),),
 }
 
 # float32 is multiplied as such, by fused multiply-adds: accumulators are the limit, the same everywhere.
 _FLOAT: dict[str, tuple[Config, ...]] = {
     "project": (_tile("float", 64, 64, 16, 8, 2), _tile("float-small", 64, 32, 16, 4, 2)),
-    "recur": (_up_to(168, _units("float", 32, 32, 16, 4, 2)), _up_to(168, _units("float-small", 16, 32, 16, 4, 2))),
+    "recur": (
+        _units("float", 32, 32, 16, 8, 2),
+        _units("float-few-warps", 32, 32, 16, 4, 2),
+        _units("float-small", 32, 16, 16, 4, 2),
+    ),
     "reverse": (_up_to(255, _units("float", 32, 64, 16, 4, 2)), _up_to(168, _units("float-small", 16, 32, 16, 4, 2))),
     "outer": (_up_to(128, _outer("float", 64, 64, 16, 8, 2)), _outer("float-small", 64, 32, 16, 4, 2)),
     "layer_gradient": (_tile("float", 32, 64, 16, 8, 2), _tile("float-small", 32, 32, 16, 4, 2)),
@@ -164,13 +175,13 @@ def configs(kernel: str, arch: int, itemsize: int, regular: bool = True) -> tupl
 
 @functools.cache
 def _configs(kernel: str, arch: int, itemsize: int, regular: bool, every: bool) -> tuple[Config, ...]:
-    own = kernel.removesuffix("_lstm").removesuffix("_mean")
+    own = kernel.removesuffix("_lstm").removesuffix("_mean").removesuffix("_wide")
     if kernel in _SMALL:
         found: tuple[Config, ...] = (_SMALL[kernel],)
     elif arch == INTERPRETER:
         found = _INTERPRETED[own]
     elif not regular and own in _ODD:
-        found = (_ODD[own],)
+        found = _ODD[own]
     else:
         found = _FLOAT.get(own, ()) if itemsize == 4 else _HALF[kernel][arch]
     named = (config._replace(name=f"{kernel}/{config.name}") for config in found)
@@ -197,6 +208,11 @@ def choose(found: tuple[Config, ...], programs: Callable[[dict[str, int]], int],
 
 
 def supported(major: int, minor: int) -> int:
-    """The architecture whose configurations serve a device of this capability: the largest that is not newer."""
+    """The architecture whose configurations serve a device of this capability: the largest that is not newer.
+
+    8.6 and 8.9 have the shared memory of 12.0, 99 KB a block, and so its tiles.
+    """
     capability = 10 * major + minor
+    if capability in (86, 89):
+        return 120
     return max((arch for arch in ARCHITECTURES if arch <= capability), default=ARCHITECTURES[0])

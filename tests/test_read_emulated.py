@@ -104,6 +104,28 @@ def test_outlying_values(kernels, norm, dtype):
     check_read(call, call.tensors)
 
 
+@dtypes
+@pytest.mark.parametrize("ratio", [32, 128])
+@pytest.mark.parametrize("r", [12, 64])
+def test_means_far_from_zero(kernels, ratio, r, dtype):
+    """The weight's gradient: a mean that is taken off a product must be the mean of what was multiplied."""
+    call = make_read("gru", "layer", lead=(70,), layers=2, d=136, r=r, dtype=dtype)
+    for phi_i in call.phi:
+        phi_i.add_(1.5 * ratio)
+    check_read(call, [name for name in call.tensors if not name.startswith("phi")])
+
+
+@pytest.mark.parametrize(("size", "gradient"), [(1e-3, 300.0), (500.0, 1e-3)])
+@pytest.mark.parametrize("r", [12, 64])
+def test_rows_far_from_one(kernels, size, gradient, r):
+    """float16 holds the gradients and the normalised rows, but not every gradient times a row's rstd."""
+    call = make_read("gru", lead=(70,), layers=2, d=136, r=r, dtype=torch.float16)
+    for phi_i in call.phi:
+        phi_i.mul_(size)
+    grad_out = (gradient * torch.randn(70, r)).to(torch.float16)
+    check_read(call, [name for name in call.tensors if not name.startswith("phi")], grad_out=grad_out)
+
+
 def test_squares_that_overflow(kernels):
     """Normalised to nothing, as by the definition."""
     call = make_read("gru", lead=(5,), layers=2, dtype=torch.float32)

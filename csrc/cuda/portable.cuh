@@ -66,6 +66,8 @@
 // Numbers: float exp_approx(float), float rsqrt(float): within 2 units in the last place near 0, and 2 of rsqrt
 // Launch, on the host
 //   struct Launch; const char* launch(kernel, const Launch&, const Params&): null, or why it failed
+//   int clusters_at_once(kernel, const Launch&): how many clusters of such a launch the current device runs at the same
+//   time; asked once for each kernel, device and amount of shared memory
 #pragma once
 
 #include <cstdint>

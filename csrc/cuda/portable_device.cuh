@@ -4,6 +4,10 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 namespace pyeff::gpu {
 
 PYEFF_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -137,33 +141,69 @@ PYEFF_DEVICE int64_t opaque(int64_t v) {
 PYEFF_DEVICE float exp_approx(float x) { return __expf(x); }
 PYEFF_DEVICE float rsqrt(float x) { return rsqrtf(x); }
 
-template <class P>
-const char* launch(void (*kernel)(P), const Launch& how, const P& params) {
-  static_assert(std::is_trivially_copyable<P>::value, "kernel parameters are copied as bytes");
-  const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  if (how.shared_bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
-  if (error == cudaSuccess) {
-    cudaLaunchConfig_t config = {};
+namespace detail {
+
+// What cudaLaunchKernelExC and the occupancy query take; refers to itself, so it is not copied.
+struct LaunchConfig {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute cluster = {};
+
+  explicit LaunchConfig(const Launch& how) {
     config.gridDim =
         dim3(static_cast<unsigned>(how.grid_x), static_cast<unsigned>(how.grid_y), static_cast<unsigned>(how.grid_z));
     config.blockDim = dim3(static_cast<unsigned>(how.threads));
     config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
     config.stream = static_cast<cudaStream_t>(how.stream);
-    cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     config.attrs = &cluster;
     config.numAttrs = how.cluster > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+};
+
+inline cudaError_t allow_shared(const void* function, int bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+}  // namespace detail
+
+template <class P>
+const char* launch(void (*kernel)(P), const Launch& how, const P& params) {
+  static_assert(std::is_trivially_copyable<P>::value, "kernel parameters are copied as bytes");
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = detail::allow_shared(function, how.shared_bytes);
+  if (error == cudaSuccess) {
+    const detail::LaunchConfig launch(how);
     void* arguments[] = {const_cast<P*>(&params)};
-    error = cudaLaunchKernelExC(&config, function, arguments);
+    error = cudaLaunchKernelExC(&launch.config, function, arguments);
   }
   if (error == cudaSuccess) return nullptr;
   // The runtime remembers an error until it is asked for; torch would report it as its own.
   cudaGetLastError();
   return cudaGetErrorString(error);
+}
+
+template <class P>
+int clusters_at_once(void (*kernel)(P), const Launch& how) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int>, int> known;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto key = std::make_tuple(function, device, how.shared_bytes);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+    cudaError_t error = detail::allow_shared(function, how.shared_bytes);
+    const detail::LaunchConfig launch(how);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, function, &launch.config);
+    if (error == cudaSuccess) return known[key] = count;
+  }
+  cudaGetLastError();
+  return 0;
 }
 
 }  // namespace pyeff::gpu

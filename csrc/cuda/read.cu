@@ -116,13 +116,19 @@ const char* recur(const ReadProblem& p, const ForwardTurn& turn, const Machine& 
       if constexpr (!std::is_same<decltype(number), float>::value) {
         using Resident = ResidentTile<kCell>;
         if (machine.wgmma && resident_rank(s.rank) && params.pairs) {
-          const int64_t blocks = s.rank / Resident::kUnits, clusters = div_up(turn.tokens, int64_t{Resident::kRows});
-          // As many clusters as run at once take all tokens in turns, and load R once.
-          const int64_t at_once = machine.processors / blocks > 0 ? machine.processors / blocks : 1;
-          launches.run("read_resident", read_resident<decltype(number), kCell>,
-                       {(clusters < at_once ? clusters : at_once) * blocks}, Resident::kThreads,
-                       Resident::shared(s.rank), params, static_cast<int>(blocks));
-          return;
+          const int64_t blocks = s.rank / Resident::kUnits, tiles = div_up(turn.tokens, int64_t{Resident::kRows});
+          Launch how;
+          how.grid_x = how.cluster = static_cast<int>(blocks), how.threads = Resident::kThreads;
+          how.shared_bytes = Resident::shared(s.rank);
+          // As many clusters as run at once take all tiles in as few rounds as they can, and load R once. A device that
+          // is shared may have no room for any.
+          const int64_t at_once = clusters_at_once(read_resident<decltype(number), kCell>, how);
+          if (at_once > 0) {
+            const int64_t clusters = div_up(tiles, div_up(tiles, at_once));
+            launches.run("read_resident", read_resident<decltype(number), kCell>, {clusters * blocks},
+                         Resident::kThreads, how.shared_bytes, params, how.cluster);
+            return;
+          }
         }
       }
       using Tile = RecurTile<kCell>;

@@ -183,6 +183,7 @@ TEST(read_on_the_gpu_is_right_for_large_and_small_numbers) {
         } cases[] = {{0, 1000, 1e-3}, {0, 1e-2, 30}, {100, 10, 1}};
         for (const auto& numbers : cases) {
           Random random(++seed);
+          if (kSanitized && seed % 4 != 0) continue;
           ReadOptions o = random_options(random, Cell::gru);
           o.phi_mean = numbers.mean, o.phi_range = numbers.range, o.grad_range = numbers.grad;
           const ReadSizes sizes{Cell::gru, norm, Reduce::mean, 2, 63, width, 33};
