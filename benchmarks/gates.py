@@ -11,6 +11,7 @@ import ast
 import fnmatch
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import tempfile
@@ -260,6 +261,20 @@ def table(usages: Sequence[Usage]) -> Table:
         found.setdefault(name, {})
         found[name][usage.arch] = min(found[name].get(usage.arch, entry), entry, key=lambda e: e[1])
     return found
+
+
+def kept(report: Report, path: Path = TABLE) -> tuple[Table, dict[str, str]]:
+    """The table of a report and its versions; where a backend could not be looked at, as they were."""
+    found, versions = table(report.usages), dict(report.versions)
+    before = runpy.run_path(str(path)) if path.exists() else {"RESOURCES": {}, "VERSIONS": {}}
+    for tool, mark in (("triton", "/"), ("nvcc", "<")):
+        if tool not in versions and tool in before["VERSIONS"]:
+            versions[tool] = before["VERSIONS"][tool]
+            for name, entries in before["RESOURCES"].items():
+                if mark in name:
+                    by_arch = dict(zip(ARCHITECTURES, entries, strict=True))
+                    found[name] = {arch: entry for arch, entry in by_arch.items() if entry}
+    return found, versions
 
 
 def write_table(found: Table, versions: Mapping[str, str], path: Path = TABLE) -> None:

@@ -182,12 +182,12 @@ def _cuda_forward(shape: Shape, card: Card, tokens: int, wgmma: bool, number: st
     blocks = _ceil(shape.rows, columns) * _ceil(tokens, 128) * shape.layers
     yield _step("project", f"{name}<{number}, {number}>", card, tokens, blocks, 128, columns)
     if wgmma and shape.rank in (64, 128, 256):
+        # As many clusters as run at once, in as few rounds as they can: as if no cluster were short of neighbours.
+        name = f"read_resident<{number}, Cell {cell}>"
         side, tiles = shape.rank // 64, _ceil(tokens, 128)
-        blocks = min(tiles, max(card.sms // side, 1)) * side
-        yield _step(
-            "recur", f"read_resident<{number}, Cell {cell}>", card, tokens, blocks, 128, 64, resident=True,
-            side_by_side=side,
-        )  # fmt: skip
+        at_once = max(card.sms * _resources(name, card)[1] // side, 1)
+        blocks = _ceil(tiles, _ceil(tiles, at_once)) * side
+        yield _step("recur", name, card, tokens, blocks, 128, 64, resident=True, side_by_side=side)
     else:
         yield _step("recur", f"read_recur<{number}, Cell {cell}>", card, tokens, _ceil(tokens, 64), 64, 64)
 

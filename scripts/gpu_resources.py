@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.only != "triton":
         gates.cuda(report, args.build)
     if args.write:
-        gates.write_table(gates.table(report.usages), report.versions)
+        gates.write_table(*gates.kept(report))
     show(report, excluded, args.every)
     files = gates.save(report, args.out, excluded)
     for line in report.skipped:
