@@ -92,6 +92,8 @@ struct Sums {
 struct Pending {
   Product product;
   Sums* sums;
+  Site site;
+  uint64_t contents;  // of the operands when it was issued
 };
 
 // The products of four warps, in the order in which they were issued.

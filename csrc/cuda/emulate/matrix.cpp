@@ -158,10 +158,36 @@ void check_product(const Product& p, const Block& block, Thread* const* group, S
   });
 }
 
+void note_reads(const Product& p, const Block& block) {
+#ifdef PYEFF_TSAN
+  for_each_piece(p, [&](bool, int, int, uint32_t at) { was_read(block.shared + (at - kSharedBegins), 16); });
+#else
+  (void)p, (void)block;
+#endif
+}
+
+// A hash of the operands' bytes.
+uint64_t contents_of(const Product& p, const Block& block) {
+  uint64_t hash = 0;
+  for_each_piece(p, [&](bool, int, int, uint32_t at) {
+    uint64_t x[2];
+    __builtin_memcpy(x, block.shared + (at - kSharedBegins), 16);
+    for (uint64_t one : x) {
+      hash = (hash ^ one) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 29;
+    }
+  });
+  return hash;
+}
+
 void run_product(const Pending& pending, const Block& block) {
   const Product& p = pending.product;
-  for_each_piece(p, [&](bool, int, int, uint32_t at) { was_read(block.shared + (at - kSharedBegins), 16); });
+  note_reads(p, block);
   const Unseen unseen;
+  if (contents_of(p, block) != pending.contents)
+    trap(pending.site,
+         "the operands of this wgmma changed while it was under way: they had not all arrived, or were "
+         "overwritten before its wgmma_wait");
   float a[64 * 16];
   // On the heap: a library that is loaded late has little room for what belongs to a thread.
   static thread_local std::vector<float> room(16 * 256);
@@ -230,7 +256,8 @@ uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_byte
 
 void wgmma_fence() { self().settled = true; }
 
-// "wgmma.mma_async": nothing is read or written until the wait, but everything is checked now.
+// "wgmma.mma_async": nothing is computed until the wait, but everything is checked now. The hardware reads at any time
+// in between, so that the operands must be there already, and must still be there then.
 void wgmma(const Product& product, float* d, Site site) {
   Thread& t = self();
   Block& block = t.of();
@@ -245,7 +272,9 @@ void wgmma(const Product& product, float* d, Site site) {
   } slot{product, d};
   t.slot = &slot;
   Thread* const* members = &block.members.data()[t.index / kGroup * kGroup];
+  bool last = false;
   meet(group.meeting, members, kGroup, kGroup, Wait::wgmma, site, false, true, [&] {
+    last = true;
     Sums& sums = sums_for(group, static_cast<Slot*>(members[0]->slot)->d);
     const bool fresh = !sums.used;
     sums.used = true;
@@ -265,8 +294,9 @@ void wgmma(const Product& product, float* d, Site site) {
       for (int j = 0; j < product.n / 2; ++j) s.d[j] = float_of(0xffffffffu);
     }
     check_product(product, block, members, site);
-    group.pending[group.issued++ % kMostGroups] = {product, &sums};
+    group.pending[group.issued++ % kMostGroups] = {product, &sums, site, contents_of(product, block)};
   });
+  if (last) note_reads(product, block);
   ++t.products_issued;
 }
 

@@ -148,6 +148,7 @@ void copy_async(void* shared, const void* global, bool valid, Site site) {
   if (t.copies_issued - t.copies_done == kMostCopies) trap(site, "more than %u copies under way", kMostCopies);
   char* to = static_cast<char*>(shared);
   t.copies[t.copies_issued++ % kMostCopies] = {to, static_cast<const char*>(global), valid};
+  if (valid) was_read(global, 16);
   was_written(to, 16);
   fill16(to, kPoison);
 }

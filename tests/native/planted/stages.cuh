@@ -43,7 +43,17 @@ struct Factors {
   float* out;
 };
 
-enum class ProductBug { none, no_proxy_fence, late_write, no_wait, no_commit, no_fence, overwritten, wrong_stride };
+enum class ProductBug {
+  none,
+  no_proxy_fence,
+  late_write,
+  no_wait,
+  no_commit,
+  no_fence,
+  overwritten,
+  early,
+  wrong_stride
+};
 
 // out = a b^T for bf16 tiles [64, 64], in swizzled rows.
 template <ProductBug Bug>
@@ -55,6 +65,13 @@ PYEFF_KERNEL void product(const Factors p) {
     store_shared16(a + at, load16(p.a + i * 16));
     if (Bug != ProductBug::late_write) store_shared16(b + at, load16(p.b + i * 16));
   }
+  // Pieces of the other threads that have not arrived: poison until this wait.
+  const auto bring = [&] {
+    for (int i = t; i < 64 * 8; i += kWarpgroup)
+      copy_async16(b + i / 8 * 128 + (i % 8 ^ i / 8 % 8) * 16, p.b + i * 16, true);
+    copy_async_commit();
+  };
+  if (Bug == ProductBug::early) bring();
   if (Bug != ProductBug::no_proxy_fence) async_proxy_fence();
   if (Bug == ProductBug::late_write)
     for (int i = t; i < 64 * 8; i += kWarpgroup)
@@ -67,6 +84,7 @@ PYEFF_KERNEL void product(const Factors p) {
   for (int k = 0; k < 4; ++k)
     wgmma<bf16, 64, false>(d, wgmma_descriptor(a + k * 32, 0, 1024), wgmma_descriptor(b + k * 32, 0, stride), true);
   if (Bug != ProductBug::no_commit) wgmma_commit();
+  if (Bug == ProductBug::early) copy_async_wait<0>();
   if (Bug == ProductBug::overwritten) {
     barrier();
     store_shared16(b + 16 * t, Vec16{{0, 0, 0, 0}});
