@@ -7,7 +7,7 @@
 
 #include "cuda/read_dphi.cuh"
 #include "cuda/read_norm.cuh"
-#include "cuda/read_outer.cuh"
+#include "cuda/read_outer_wgmma.cuh"
 #include "cuda/read_project_wgmma.cuh"
 #include "cuda/read_resident.cuh"
 #include "cuda/read_reverse.cuh"
@@ -59,6 +59,7 @@ int main() {
   products<bf16>("bf16");
   products<f16>("f16");
   line("read_project_wgmma<*", kThreads, ProjectWgmmaTile::kShared, kWgmma, "wgmma");
+  line("read_outer_wgmma<*", kThreads, OuterWgmmaTile::kShared, kWgmma, "wgmma");
   line("read_fold<*", 128, 16);
   for (const char* name : {"read_stats<*", "read_norm_backward<*", "read_norm_grads<*", "read_finish<*"})
     line(name, kThreads, 0);
