@@ -60,6 +60,7 @@ if _choice not in (*NAMES, "auto"):
 # For tests: the GPU's kernels serve CPU tensors, Triton's by its interpreter and those of CUDA C++ by a build of the
 # same source for the CPU. Only where they are named: this is slow.
 EMULATED = os.environ.get("PYEFF_EMULATE", "0") not in ("", "0")
+_TRITON_FIRST = EMULATED and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
 if EMULATED:
     # Triton decides as it is imported whether it interprets, and torch may import it before a kernel is called.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -177,6 +178,8 @@ def support(op: str, name: str) -> Support:
 @functools.cache
 def _missing(name: str) -> str:
     """What a backend needs and this installation lacks; an empty string where nothing does."""
+    if name == "triton" and _TRITON_FIRST:
+        return "PYEFF_EMULATE is set and triton was imported before pyeff, too early to interpret its kernels"
     if name == "triton":
         return "" if importlib.util.find_spec("triton") else "Triton is not installed"
     return load_library()
@@ -228,7 +231,9 @@ def refusal(
     emulated = EMULATED and DEVICE[name] == "cuda"
     serves = "cpu" if emulated else DEVICE[name]
     if device.type != serves or (emulated and not named):
-        return f"the tensors are on {device.type}, the {name} kernels work on {DEVICE[name]}"
+        return f"the tensors are on {device.type}, the {name} kernels work on {serves if named else DEVICE[name]}"
+    if emulated and name == "triton" and dtype == torch.bfloat16:
+        return "the tensors are torch.bfloat16, in which Triton's interpreter is wrong"
     if dtype not in DTYPES[name]:
         expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[name])
         return f"the tensors are {dtype}, the {name} kernels compute in {expected}"

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels
-from tests import helpers
+from tests import places
 
 try:
     import pyeff_dev as dev
 except ImportError:
-    if "dev" in helpers.REQUIRED:
+    if "dev" in places.REQUIRED:
         raise
     pytest.skip("the development module was not built (make install builds it)", allow_module_level=True)
 

@@ -81,11 +81,9 @@ def op_table(facts: dict) -> tuple[Table, list[str]]:
         cells = []
         for name in backends:
             state = states[name]
-            if state["usable"]:
-                cells.append("[green]yes[/]")
-                continue
-            if state["reason"] not in notes:
-                notes.append(state["reason"])
-            cells.append(f"[dim]- \\[{notes.index(state['reason']) + 1}][/]")
+            reason, cell = state["reason"], "[green]yes[/]" if state["usable"] else "[dim]-[/]"
+            if reason and reason not in notes:
+                notes.append(reason)
+            cells.append(f"{cell} [dim]\\[{notes.index(reason) + 1}][/]" if reason else cell)
         table.add_row(op, *cells)
     return table, notes
