@@ -62,7 +62,7 @@ class Case(NamedTuple):
         signature (dict): argument -> Triton type (``"*bf16"``, ``"i32"``, ``"constexpr"``, a tuple of these).
         constexprs (dict): argument -> value.
         attrs (dict): what the launcher promises of arguments, such as divisibility by 16.
-        num_warps, num_stages (int): launch options.
+        options (dict): of the launch: num_warps, num_stages, maxnreg.
         matrix (bool): whether 16-bit operands are multiplied; see :meth:`expects`.
     """
 
@@ -72,8 +72,7 @@ class Case(NamedTuple):
     signature: dict[str, Any]
     constexprs: dict[str, Any]
     attrs: dict[tuple[int, ...], Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
     matrix: bool
 
     def expects(self) -> tuple[str, ...]:
@@ -113,13 +112,12 @@ def compile_case(case: Case, this: Job, cache: Path) -> Usage:
     from triton.compiler import ASTSource
 
     source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    key = f"{_FORMAT} {source.hash()} {sorted(options.items())} {case.arch} triton {triton.__version__}"
+    key = f"{_FORMAT} {source.hash()} {sorted(case.options.items())} {case.arch} triton {triton.__version__}"
     entry = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if entry.exists():
         usage = from_plain(json.loads(entry.read_text()))
     else:
-        usage = _compiled(source, options, case.arch)
+        usage = _compiled(source, case.options, case.arch)
         cache.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: another process may read or write the same entry.
         aside = entry.with_suffix(f".{os.getpid()}")

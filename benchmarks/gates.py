@@ -10,20 +10,28 @@ from __future__ import annotations
 import ast
 import fnmatch
 import json
+import re
+import runpy
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from . import aot, ptxas, resources
 from .gpus import ARCHITECTURES
-from .resources import Usage
+from .resources import NO_MATRIX, Usage
 
 ROOT = aot.ROOT
 EXCLUDED = ROOT / "kernels" / "excluded.py"
 # CUDA kernels that may have a stack frame (not spills): pattern of the name -> why.
 STACK_ALLOWED: dict[str, str] = {}
+# CUDA kernels without a launch: name -> why.
+NOT_LAUNCHED = {"probe": "its attributes tell whether the library serves a device"}
+LAUNCHES = ROOT / "csrc" / "dev" / "launches"
 
 _HEAD = '''"""Tuning configurations that fail a gate on an architecture, by name and with the reason; see docs/gpu.md.
 
@@ -134,13 +142,61 @@ def triton(report: Report, modules: Sequence[str] | None = None, excluded: Exclu
     found = aot.run(aot.jobs(modules))
     report.usages += found
     report.failures += triton_failures(found, read_exclusions() if excluded is None else excluded)
-    from importlib.metadata import version
-
     report.versions["triton"] = version("triton")
 
 
-def cuda(report: Report, build: Path, launches: Mapping[str, tuple[int, int]] | None = None) -> None:
-    """Reads what the build in ``build`` kept and adds it to the report."""
+class Launched(NamedTuple):
+    """What a kernel is launched with: threads of a block, bytes of dynamic shared memory, and where (0: everywhere);
+    and the matrix instruction that must be in it, or ``"none"``."""
+
+    threads: int
+    shared: int
+    arch: int = 0
+    matrix: str = NO_MATRIX
+
+
+def launches(folder: Path = LAUNCHES) -> dict[str, Launched]:
+    """Pattern of a kernel's name -> what it is launched with, from the programs in ``folder`` that print it.
+
+    Raises:
+        RuntimeError: there is no C++ compiler, or it does not build them.
+    """
+    found, compiler = {}, shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        raise RuntimeError("no C++ compiler builds the lists of launches")
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in sorted(folder.glob("*.cpp")):
+            program = Path(scratch) / source.stem
+            command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+            built = subprocess.run(command, capture_output=True, text=True, check=False)
+            if built.returncode:
+                raise RuntimeError(f"{source} does not compile: {built.stderr[-2000:]}")
+            lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
+            for name, *rest, matrix in (line.split("\t") for line in lines):
+                found[name] = Launched(*map(int, rest), matrix)
+    return found
+
+
+def launched(usages: Sequence[Usage], plans: Mapping[str, Launched]) -> tuple[list[Usage], list[str]]:
+    """The usages with what they are launched with, without those that their architecture never launches; and failures:
+    a kernel that no plan names, a launch with more threads than the kernel's bounds."""
+    found, failures = [], []
+    for usage in usages:
+        plan = next((plans[p] for p in plans if fnmatch.fnmatchcase(usage.kernel, p)), None)
+        if plan is None:
+            if usage.kernel not in NOT_LAUNCHED:
+                failures.append(f"{usage.name} on sm_{usage.arch}: no list of launches names it")
+            found.append(usage)
+        elif plan.arch in (0, usage.arch):
+            if usage.threads is not None and plan.threads > usage.threads:
+                failures.append(f"{usage.name}: launched with {plan.threads} threads, its bounds are {usage.threads}")
+            shared = (usage.shared or 0) + plan.shared
+            found.append(replace(usage, threads=plan.threads, shared=shared, expects=(plan.matrix,)))
+    return found, failures
+
+
+def cuda(report: Report, build: Path, plans: Mapping[str, Launched] | None = None) -> None:
+    """Reads what the build in ``build`` kept and adds it to the report; ``plans`` by default those of the library."""
     logs = ptxas.logs(build)
     if not logs:
         nvcc = "nvcc is here; build first" if shutil.which("nvcc") else "nvcc is not here"
@@ -148,8 +204,9 @@ def cuda(report: Report, build: Path, launches: Mapping[str, tuple[int, int]] | 
         return
     found = []
     for log in logs:
-        found += ptxas.usages(log.read_text(), log.with_suffix(""))
-    found = [_launched(usage, launches or {}) for usage in found]
+        found += ptxas.usages(log.read_text(), log.with_suffix(""), aot.CACHE)
+    found, failures = launched(found, launches() if plans is None else plans)
+    report.failures += failures
     missing = sorted(set(ARCHITECTURES) - {usage.arch for usage in found})
     if missing:
         report.skipped.append("CUDA C++: not built for " + ", ".join(f"sm_{arch}" for arch in missing))
@@ -160,14 +217,6 @@ def cuda(report: Report, build: Path, launches: Mapping[str, tuple[int, int]] | 
     if shutil.which("nvcc"):
         text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False).stdout
         report.versions["nvcc"] = next((line.split()[-1] for line in text.splitlines() if "release" in line), "unknown")
-
-
-def _launched(usage: Usage, launches: Mapping[str, tuple[int, int]]) -> Usage:
-    """With the threads and the dynamic shared memory of its launch plan, where that names it."""
-    from dataclasses import replace
-
-    plan = next((launches[p] for p in launches if fnmatch.fnmatchcase(usage.kernel, p)), None)
-    return usage if plan is None else replace(usage, threads=plan[0], shared=(usage.shared or 0) + plan[1])
 
 
 def save(report: Report, folder: Path, excluded: Exclusions) -> list[Path]:
@@ -181,3 +230,58 @@ def save(report: Report, folder: Path, excluded: Exclusions) -> list[Path]:
     parts.append("\n".join(["## Failures", "", *(f"- {line}" for line in report.failures or ["none"])]))
     page.write_text("\n\n".join(parts) + "\n")
     return [data, page]
+
+
+_TABLE_HEAD = '''"""What kernels take of an SM, by architecture: threads of a block, blocks on it, matrix instruction.
+
+The predictions rest on it. Written by ``python scripts/gpu_resources.py --write``, not by hand.
+"""
+
+VERSIONS = {versions}
+
+# On sm_80, sm_90, sm_100, sm_120; None where the kernel is not launched.
+RESOURCES: dict[str, tuple[tuple[int, int, str] | None, ...]] = {{'''
+TABLE = ROOT / "benchmarks" / "resource_table.py"
+Table = dict[str, dict[int, tuple[int, int, str]]]
+# Variants of a call that the predictions are not about, by a word of their names.
+_UNUSUAL = {"odd", "wide", "layer", "none"}
+
+
+def table(usages: Sequence[Usage]) -> Table:
+    """The committed table of these usages: of several variants the one of which fewest blocks fit."""
+    found: Table = {}
+    for usage in usages:
+        words = usage.variant.split("-")
+        if not usage.blocks_per_sm or _UNUSUAL & set(words) or re.search(r"<b?f16, float>", usage.kernel):
+            continue
+        cell = next((word for word in words if word in ("rnn", "gru", "lstm")), "")
+        name = " ".join(filter(None, (usage.configuration, cell)))
+        matrix = next((m for m in ARCHITECTURES[usage.arch].matrix if m in (usage.matrix or ())), "")
+        entry = (usage.threads or 0, usage.blocks_per_sm, matrix.partition(".")[0])
+        found.setdefault(name, {})
+        found[name][usage.arch] = min(found[name].get(usage.arch, entry), entry, key=lambda e: e[1])
+    return found
+
+
+def kept(report: Report, path: Path = TABLE) -> tuple[Table, dict[str, str]]:
+    """The table of a report and its versions; where a backend could not be looked at, as they were."""
+    found, versions = table(report.usages), dict(report.versions)
+    before = runpy.run_path(str(path)) if path.exists() else {"RESOURCES": {}, "VERSIONS": {}}
+    for tool, mark in (("triton", "/"), ("nvcc", "<")):
+        if tool not in versions and tool in before["VERSIONS"]:
+            versions[tool] = before["VERSIONS"][tool]
+            for name, entries in before["RESOURCES"].items():
+                if mark in name:
+                    by_arch = dict(zip(ARCHITECTURES, entries, strict=True))
+                    found[name] = {arch: entry for arch, entry in by_arch.items() if entry}
+    return found, versions
+
+
+def write_table(found: Table, versions: Mapping[str, str], path: Path = TABLE) -> None:
+    """Writes the table, a kernel a line."""
+    lines = []
+    for name in sorted(found):
+        entries = repr(tuple(found[name].get(arch) for arch in ARCHITECTURES)).replace("'", '"')
+        lines.append(f"    {json.dumps(name)}: {entries},")
+    head = _TABLE_HEAD.format(versions=json.dumps(dict(sorted(versions.items()))))
+    path.write_text("\n".join([head, *lines, "}"]) + "\n")

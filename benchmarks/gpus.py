@@ -81,3 +81,73 @@ def blocks_per_sm(cc: int, threads: int, registers: int, shared: int, tensor_mem
     if tensor_memory:
         limits.append(a.tensor_memory_columns // tensor_memory)
     return min(limits)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card does in a second, as far as a prediction needs it.
+
+    Args:
+        name (str): as in the tables.
+        cc (int): compute capability.
+        sms (int): streaming multiprocessors.
+        clock (float): boost clock in Hz.
+        copy (float): bytes/s of device memory, read and written, that a long copy reaches.
+        l2 (float): bytes/s between the L2 cache and all SMs.
+        l2_bytes (int): size of the L2 cache.
+        tensor (float): FLOP/s of 16-bit products with float32 sums that a large matrix product reaches.
+        fma (float): FLOP/s of float32 multiply-adds.
+        sources (dict): field -> where the number comes from: ``measured``, a public figure, or an assumption.
+    """
+
+    name: str
+    cc: int
+    sms: int
+    clock: float
+    copy: float
+    l2: float
+    l2_bytes: int
+    tensor: float
+    fma: float
+    sources: dict[str, str]
+
+    @property
+    def sfu(self) -> float:
+        """Special functions (exp2, reciprocal, rsqrt) in a second: an SM has one unit for eight multiply-add lanes."""
+        return self.fma / 2 / 8
+
+    @property
+    def shared(self) -> float:
+        """Bytes/s of all shared memories: 128 a clock for each SM."""
+        return 128 * self.clock * self.sms
+
+
+# What was measured on the H200 over what its data sheet has (4.8 TB/s and 989 TFLOP/s). The other cards' public figures
+# are taken times these, for want of a measurement.
+COPY_SHARE, TENSOR_SHARE = 4.3 / 4.8, 790 / 989
+_SCALED = "data sheet, times what an H200 reaches of its own"
+_PUBLIC = {"sms": "data sheet", "clock": "data sheet", "fma": "data sheet", "copy": _SCALED, "tensor": _SCALED}
+_GUESSED = {"l2": "assumption: no measurement behind it", "l2_bytes": "data sheet"}
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card(
+            "h200", 90, 132, 1.98e9, 4.3e12, 5.5e12, 50 * KIB * KIB, 790e12, 67e12,
+            {**_PUBLIC, **_GUESSED, "copy": "measured: a copy", "tensor": "measured: bfloat16 products"},
+        ),
+        Card(
+            "a100", 80, 108, 1.41e9, 2.039e12 * COPY_SHARE, 4.0e12, 40 * KIB * KIB, 312e12 * TENSOR_SHARE, 19.5e12,
+            {**_PUBLIC, **_GUESSED},
+        ),
+        Card(
+            "b200", 100, 148, 1.98e9, 8.0e12 * COPY_SHARE, 9.0e12, 126 * KIB * KIB, 2250e12 * TENSOR_SHARE, 75e12,
+            {**_PUBLIC, **_GUESSED},
+        ),
+        # 838 TFLOP/s are with sparsity and sums in float16: a quarter of it dense with sums in float32.
+        Card(
+            "rtx5090", 120, 170, 2.41e9, 1.792e12 * COPY_SHARE, 5.0e12, 96 * KIB * KIB, 838e12 / 4 * TENSOR_SHARE,
+            104.8e12, {**_PUBLIC, **_GUESSED},
+        ),
+    )
+}  # fmt: skip

@@ -6,11 +6,13 @@ nvcc's ptxas reports every kernel for every architecture (``-Xptxas=-v``); the b
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .resources import MATRIX_NAMES, Usage
@@ -100,10 +102,11 @@ def demangled(symbols: Iterable[str]) -> dict[str, str]:
 
 
 def short(name: str) -> str:
-    """``void pyeff::gpu::project<pyeff::gpu::bf16, 128>(Params)`` -> ``project<bf16, 128>``."""
+    """``void pyeff::gpu::project<pyeff::gpu::bf16, (pyeff::Cell)1>(Params)`` -> ``project<bf16, Cell 1>``."""
     name = re.sub(r"\(anonymous namespace\)::", "", name)
     name = re.sub(r"\[clone [^]]*\]", "", name).strip().removeprefix("void ")
     name = re.sub(r"\((?:int|unsigned int|unsigned|bool|char|long)\)", "", name)
+    name = re.sub(r"\((?:\w+::)*(\w+)\)(\d+)", r"\1 \2", name)
     depth, end = 0, len(name)
     for i, letter in enumerate(name):
         depth += (letter == "<") - (letter == ">")
@@ -159,38 +162,61 @@ def _by_architecture(dump: str) -> Iterator[tuple[int, str]]:
         yield int(arch), text
 
 
-def usages(log: str, object_file: Path | None = None) -> list[Usage]:
+def usages(log: str, object_file: Path | None = None, cache: Path | None = None) -> list[Usage]:
     """The kernels of one CUDA source.
 
     Args:
         log (str): of its compilation.
         object_file (Path): its object: from it come the threads by launch bounds and the matrix instructions, where
             cuobjdump is to be had. The dynamic part of shared memory is in neither.
+        cache (Path): a folder that keeps what was in an object: disassembling one takes a while.
     """
-    reports, tool = parse(log), cuobjdump()
+    reports = parse(log)
     names = demangled(report.symbol for report in reports)
-    threads, matrix = {}, {}
-    if object_file is not None and object_file.exists() and tool and reports:
-        threads = launch_threads(_dump(tool, "-elf", object_file))
-        matrix = matrix_by_kernel(_dump(tool, "-sass", object_file))
-    found = [
-        Usage(
-            "cuda",
-            names[r.symbol],
-            "",
-            r.arch,
-            registers=r.registers,
-            stack=r.stack,
-            spill_stores=r.spill_stores,
-            spill_loads=r.spill_loads,
-            shared=None,
-            threads=threads.get((r.symbol, r.arch)),
-            matrix=matrix.get((r.symbol, r.arch)),
-            warnings=tuple(r.warnings),
+    inside = contents(object_file, cache) if object_file is not None and object_file.exists() and reports else {}
+    found = []
+    for r in reports:
+        threads, matrix = inside.get(f"{r.symbol} {r.arch}", (None, None))
+        found.append(
+            Usage(
+                "cuda",
+                names[r.symbol],
+                "",
+                r.arch,
+                registers=r.registers,
+                stack=r.stack,
+                spill_stores=r.spill_stores,
+                spill_loads=r.spill_loads,
+                shared=r.shared or None,
+                threads=threads,
+                matrix=None if matrix is None else tuple(matrix),
+                warnings=tuple(r.warnings),
+            )
         )
-        for r in reports
-    ]
-    return [replace(usage, shared=r.shared) if r.shared else usage for usage, r in zip(found, reports, strict=True)]
+    return found
+
+
+def contents(object_file: Path, cache: Path | None) -> dict[str, tuple[int | None, list[str] | None]]:
+    """``"symbol architecture"`` -> threads by launch bounds, and matrix instructions; empty without cuobjdump."""
+    tool = cuobjdump()
+    if not tool:
+        return {}
+    entry = cache / f"{hashlib.sha256(object_file.read_bytes()).hexdigest()}.object.json" if cache else None
+    if entry and entry.exists():
+        return json.loads(entry.read_text())
+    threads = launch_threads(_dump(tool, "-elf", object_file))
+    matrix = matrix_by_kernel(_dump(tool, "-sass", object_file))
+    found = {
+        f"{symbol} {arch}": (
+            threads.get((symbol, arch)),
+            list(matrix[symbol, arch]) if (symbol, arch) in matrix else None,
+        )
+        for symbol, arch in threads.keys() | matrix.keys()
+    }
+    if entry:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.write_text(json.dumps(found))
+    return found
 
 
 def _dump(tool: str, what: str, object_file: Path) -> str:

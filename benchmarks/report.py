@@ -6,7 +6,7 @@ import re
 import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -257,16 +257,24 @@ def write_into(run: Run, path: str | Path) -> int:
     Raises:
         ValueError: the file has no such place.
     """
-    path, filled = Path(path), 0
-    before = path.read_text()
-    if not _MARKED.search(before):
+    if not _MARKED.search(Path(path).read_text()):
         raise ValueError(f"{path} has no place for a table: <!-- bench:read_recurrence float32 --> to <!-- /bench -->")
+    return fill_marked(path, _MARKED, lambda found: markdown(run, found[2]))
 
-    def fill(match: re.Match[str]) -> str:
+
+def fill_marked(path: str | Path, marked: re.Pattern[str], content: Callable[[re.Match[str]], str]) -> int:
+    """Puts ``content`` between the first and the last group of each match of ``marked`` in a file.
+
+    Returns:
+        int: how many places were filled; one without content is left as it is.
+    """
+    path, filled = Path(path), 0
+
+    def fill(found: re.Match[str]) -> str:
         nonlocal filled
-        content = markdown(run, match[2])
-        filled += bool(content)
-        return f"{match[1]}{content}\n{match[3]}" if content else match[0]
+        text = content(found)
+        filled += bool(text)
+        return f"{found[1]}{text}\n{found[marked.groups]}" if text else found[0]
 
-    path.write_text(_MARKED.sub(fill, before))
+    path.write_text(marked.sub(fill, path.read_text()))
     return filled

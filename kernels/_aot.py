@@ -22,8 +22,7 @@ class AotCase(NamedTuple):
     signature: dict[str, Any]
     constexprs: dict[Any, Any]
     attrs: dict[tuple[int, ...], Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
     matrix: bool  # 16-bit operands are multiplied: a matrix instruction is expected
 
 
@@ -70,8 +69,7 @@ def cases(launches: list[Launch], arch: int, label: str) -> Iterator[AotCase]:
             signature=signature,
             constexprs=constants,
             attrs=attrs,
-            num_warps=launch.config.num_warps,
-            num_stages=launch.config.num_stages,
+            options=launch.config.options(),
             matrix=halves and "BLOCK_K" in constants,
         )
 
@@ -88,6 +86,5 @@ def key(case: AotCase) -> Any:
         tuple(case.signature.items()),
         tuple((name, plain(value)) for name, value in case.constexprs.items()),
         tuple(case.attrs),
-        case.num_warps,
-        case.num_stages,
+        tuple(case.options.items()),
     )

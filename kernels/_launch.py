@@ -72,7 +72,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **con
     if _recording is not None:
         _recording[1].append(Launch(kernel, config, args, constants, grid))
         return
-    kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+    kernel[grid](*args, **constants, **config.options())
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -46,6 +46,8 @@ class Problem:
         self.tokens, self.layers, self.itemsize = phi[0].numel() // self.width, len(phi), w_ih.element_size()
         self.machine = _launch.machine(w_ih.device)
         self.inputs = _launch.layers_of(phi, dphi, KINDS.__getitem__)
+        if w_ih.numel() >= 1 << 31 or w_hh.numel() >= 1 << 31:
+            raise ValueError("a weight has 2^31 elements or more, the Triton kernels index it by 32 bits")
         # Whether phi's rows, and those of a matrix beside them, are whole 16-byte pieces: as Triton sees it.
         self.regular = self.width % 16 == 0 and self.inputs.constants["ALIGNED"]
         # The input weights as the kernels multiply by them, once ``fold`` has made them.

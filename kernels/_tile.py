@@ -47,21 +47,13 @@ def layer_rows(table, layer, n, PHI: tl.constexpr, ALIGNED: tl.constexpr, FLAT: 
 @triton.jit
 def load_columns(pointers, column, width, EVEN: tl.constexpr):
     """A tile whose columns past ``width`` are zero; EVEN: there are none."""
-    if EVEN:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=(column < width)[None, :], other=0.0)
-    return tile
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=(column < width)[None, :], other=0.0)
 
 
 @triton.jit
 def load_rows(pointers, row, height, EVEN: tl.constexpr):
     """A tile whose rows past ``height`` are zero; EVEN: there are none."""
-    if EVEN:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=(row < height)[:, None], other=0.0)
-    return tile
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=(row < height)[:, None], other=0.0)
 
 
 @triton.jit

@@ -23,12 +23,22 @@ INTERPRETER = 0
 
 
 class Config(NamedTuple):
-    """How one kernel is compiled: its blocks by the names of its parameters, warps, and stages of its pipelines."""
+    """How one kernel is compiled: its blocks by the names of its parameters, warps, and stages of its pipelines.
+
+    Left to itself, ptxas spills a few bytes where that lets one more block onto a multiprocessor. ``maxnreg``,
+    registers of a thread, keeps it from trying for more blocks than these allow.
+    """
 
     name: str
     blocks: dict[str, int]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What a launch is told beside arguments and blocks."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def _tile(name: str, n: int, m: int, k: int, num_warps: int, num_stages: int, columns: str = "BLOCK_M") -> Config:
@@ -43,14 +53,21 @@ def _outer(name: str, m: int, n: int, k: int, num_warps: int, num_stages: int) -
     return Config(name, {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps, num_stages)
 
 
+def _up_to(maxnreg: int, config: Config) -> Config:
+    return config._replace(maxnreg=maxnreg)
+
+
+_RECUR_SMALL = _up_to(168, _units("small", 16, 64, 64, 4, 3))
+_LSTM_SMALL = _up_to(128, _units("small", 16, 32, 64, 4, 3))
 _RECUR = {
-    80: (_units("large", 128, 32, 64, 8, 3), _units("medium", 64, 32, 64, 4, 3), _units("small", 16, 64, 64, 4, 3)),
-    90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 64, 4, 3), _units("small", 16, 64, 64, 4, 3)),
+    80: (_units("large", 128, 32, 64, 8, 3), _units("medium", 64, 32, 64, 4, 3), _RECUR_SMALL),
+    90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 64, 4, 3), _RECUR_SMALL),
 }
 # Four gates: four accumulators, or four gates' gradients at once.
 _RECUR_LSTM = {
-    80: (_units("large", 128, 32, 64, 8, 3), _units("medium", 64, 32, 32, 4, 4), _units("small", 16, 32, 64, 4, 3)),
-    120: (_units("large", 64, 32, 32, 4, 4), _units("medium", 32, 32, 64, 4, 3), _units("small", 16, 32, 64, 4, 3)),
+    80: (_units("large", 128, 32, 64, 8, 3), _units("medium", 64, 32, 32, 4, 4), _LSTM_SMALL),
+    120: (_up_to(255, _units("large", 64, 32, 32, 4, 4)), _units("medium", 32, 32, 64, 4, 3), _LSTM_SMALL),
+    100: (_units("large", 128, 32, 64, 8, 3), _up_to(255, _units("medium", 64, 32, 32, 4, 4)), _LSTM_SMALL),
 }
 
 # 16-bit operands. Stages are what shared memory holds: 163 KB (80), 227 KB (90, 100), 99 KB (120) a block.
@@ -58,7 +75,7 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
     "project": {
         80: (_tile("large", 128, 128, 64, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
         90: (_tile("large", 128, 256, 64, 8, 3), _tile("small", 64, 64, 64, 4, 3)),
-        100: (_tile("large", 128, 128, 64, 8, 4), _tile("small", 64, 64, 64, 4, 3)),
+        100: (_tile("large", 128, 128, 64, 8, 4), _up_to(128, _tile("small", 64, 64, 64, 4, 3))),
         120: (_tile("large", 128, 128, 32, 8, 3), _tile("small", 32, 64, 64, 4, 3)),
     },
     # float32 rows beside 16-bit weights: twice the bytes of a stage, and the rounded tile once more.
@@ -78,7 +95,7 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
     },
     "reverse": {
         80: _RECUR[80],
-        90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 32, 4, 4), _units("small", 16, 64, 64, 4, 3)),
+        90: (_units("large", 128, 64, 64, 8, 3), _units("medium", 64, 64, 32, 4, 4), _RECUR_SMALL),
         100: _RECUR[80],
         120: _RECUR[80],
     },
@@ -118,8 +135,8 @@ _FLOAT: dict[str, tuple[Config, ...]] = {
         _units("float-few-warps", 32, 32, 16, 4, 2),
         _units("float-small", 32, 16, 16, 4, 2),
     ),
-    "reverse": (_units("float", 32, 64, 16, 4, 2), _units("float-small", 16, 32, 16, 4, 2)),
-    "outer": (_outer("float", 64, 64, 16, 8, 2), _outer("float-small", 64, 32, 16, 4, 2)),
+    "reverse": (_up_to(255, _units("float", 32, 64, 16, 4, 2)), _up_to(168, _units("float-small", 16, 32, 16, 4, 2))),
+    "outer": (_up_to(128, _outer("float", 64, 64, 16, 8, 2)), _outer("float-small", 64, 32, 16, 4, 2)),
     "layer_gradient": (_tile("float", 32, 64, 16, 8, 2), _tile("float-small", 32, 32, 16, 4, 2)),
 }
 

@@ -4,13 +4,6 @@ Written by ``python scripts/gpu_resources.py --write``, not by hand. Kernels ski
 """
 
 EXCLUDED: dict[str, dict[int, str]] = {
-    "outer/float": {
-        100: "spills",
-        120: "spills",
-    },
-    "project/small": {
-        100: "spills",
-    },
     "recur/float": {
         120: "spills",
     },
@@ -18,28 +11,7 @@ EXCLUDED: dict[str, dict[int, str]] = {
         90: "spills",
         120: "spills",
     },
-    "recur/small": {
-        120: "spills",
-    },
     "recur_lstm/float": {
         120: "spills",
-    },
-    "recur_lstm/medium": {
-        100: "spills",
-    },
-    "recur_lstm/small": {
-        120: "spills",
-    },
-    "reverse/float": {
-        80: "spills",
-    },
-    "reverse/small": {
-        100: "spills",
-    },
-    "reverse_lstm/large": {
-        120: "spills",
-    },
-    "reverse_lstm/small": {
-        90: "spills",
     },
 }

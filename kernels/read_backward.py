@@ -138,6 +138,7 @@ def reverse(
                         has = layer >= 0
                     if CELL == GRU:
                         z = tl.load(gate + rank, mask=real, other=0.0).to(tl.float32)
+                        tl.debug_barrier()  # threads that hold copies of a number have read the old one
                         tl.store(carry + at, dh * z, mask=inside)
                         c_n = tl.load(gate + 2 * rank, mask=real, other=0.0).to(tl.float32)
                         state = tl.load(before + at, mask=real & has, other=0.0).to(tl.float32)
@@ -158,6 +159,7 @@ def reverse(
                         dc = dh * o * (1.0 - tanh_c * tanh_c)
                         dc += tl.load(carry + at, mask=real, other=0.0)
                         f = tl.load(gate + rank, mask=real, other=0.0).to(tl.float32)
+                        tl.debug_barrier()  # threads that hold copies of a number have read the old one
                         tl.store(carry + at, dc * f, mask=inside)
                         state = tl.load(before + at, mask=real & has, other=0.0).to(tl.float32)
                         value = dc * state * f * (1.0 - f)

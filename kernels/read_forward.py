@@ -311,6 +311,8 @@ def recur(
                 if not REPLAY:
                     state += acc0 * acc2
                     new = acc3 * tanh(state)
+                    # Where c is carried in place: threads that hold copies of a number have read it by then, too.
+                    tl.debug_barrier()
                     tl.store(c + layer % c_slots * step + at, state.to(kind), mask=inside)
             if not REPLAY:
                 # A mean is over the states as they are kept, like the definition's.

@@ -5,7 +5,8 @@ Triton's configurations are compiled here (once, then cached); CUDA C++ is read 
 table and writes it to build/resources/ as JSON and Markdown. Exit status 1 if a gate is not held.
 
     python scripts/gpu_resources.py             look
-    python scripts/gpu_resources.py --write     and write kernels/excluded.py as the gates want it
+    python scripts/gpu_resources.py --write     and write kernels/excluded.py, as the gates want it, and
+                                                benchmarks/resource_table.py, which the predictions rest on
 """
 
 from __future__ import annotations
@@ -57,13 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "release", help="where cmake built")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "resources", help="where the artefacts go")
-    parser.add_argument("--write", action="store_true", help="write kernels/excluded.py as the gates want it")
+    parser.add_argument("--write", action="store_true", help="write the two committed tables")
     parser.add_argument("--every", action="store_true", help="print every configuration, not one a kernel")
     parser.add_argument("--only", choices=("triton", "cuda"), help="one backend alone")
     args = parser.parse_args(argv)
 
     report = gates.Report()
     excluded = gates.read_exclusions()
+    if args.write and args.only:
+        parser.error("--write needs both backends")
     if args.only != "cuda":
         gates.triton(report, excluded=excluded)
         if args.write:
@@ -73,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             excluded = wanted
     if args.only != "triton":
         gates.cuda(report, args.build)
+    if args.write:
+        gates.write_table(*gates.kept(report))
     show(report, excluded, args.every)
     files = gates.save(report, args.out, excluded)
     for line in report.skipped:

@@ -46,7 +46,8 @@ def _product(name, arch, type, bm, bn, bk, warps, stages, matrix, ieee=False):
     constants = {"BLOCK_M": bm, "BLOCK_N": bn, "BLOCK_K": bk, "IEEE": ieee}
     signature |= dict.fromkeys(constants, "constexpr")
     attrs = {(i,): EVEN for i in range(5)}
-    return Case(f"{name} {type}", arch, product, signature, constants, attrs, warps, stages, matrix)
+    options = {"num_warps": warps, "num_stages": stages}
+    return Case(f"{name} {type}", arch, product, signature, constants, attrs, options, matrix)
 
 
 def aot_cases():
@@ -61,6 +62,7 @@ def _cases(arch):
     yield _product("spills/64x64", arch, "bf16", 64, 64, 64, 4, 2, True)
     yield _product("shared/256x128", arch, "bf16", 256, 128, 128, 8, 4, True)
     yield _product("tf32/64x64", arch, "fp32", 64, 64, 32, 4, 2, False)
+    options = {"num_warps": 4, "num_stages": 1}
     blocks, signature = {"BLOCK": 256}, {"x": "*bf16", "tokens": "i32", "BLOCK": "constexpr"}
-    yield Case("no_matrix/256", arch, double, signature, blocks, {(0,): EVEN}, 4, 1, True)
-    yield Case("broken/256", arch, undefined, {"x": "*fp32", "BLOCK": "constexpr"}, blocks, {}, 4, 1, False)
+    yield Case("no_matrix/256", arch, double, signature, blocks, {(0,): EVEN}, options, True)
+    yield Case("broken/256", arch, undefined, {"x": "*fp32", "BLOCK": "constexpr"}, blocks, {}, options, False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pyeff
-from benchmarks import report, results
+from benchmarks import predictions, report, results
 
 ROOT = Path(pyeff.__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -122,6 +122,8 @@ def test_places_for_tables_are_well_formed(page):
         assert re.fullmatch(r"<!-- bench:[\w+ ]+ -->", opening), opening
         assert closing == "<!-- /bench -->", closing
     assert len(report._MARKED.findall(page.read_text())) * 2 == len(lines)
+    marks = re.findall(r"^<!-- /?predict.*", text, re.M)
+    assert len(predictions.MARKED.findall(page.read_text())) * 2 == len(marks)
 
 
 def test_tables_and_pictures_are_those_of_the_results(tmp_path):
@@ -134,4 +136,19 @@ def test_tables_and_pictures_are_those_of_the_results(tmp_path):
             copy.write_text(page.read_text())
             filled += report.write_into(run, copy)
             assert copy.read_text() == page.read_text(), f"pyeff bench --from {RESULTS} --into {page}"
+    assert filled
+
+
+def test_predictions_are_those_of_the_model(tmp_path):
+    """And they are marked as predictions."""
+    pytest.importorskip("triton")
+    filled = 0
+    for page in PAGES:
+        if predictions.MARKED.search(page.read_text()):
+            copy = tmp_path / page.name
+            copy.write_text(page.read_text())
+            filled += predictions.write_into(copy)
+            assert copy.read_text() == page.read_text(), f"pyeff bench read --predict h200 --into {page}"
+            for found in predictions.MARKED.finditer(page.read_text()):
+                assert found[0].count(predictions.HEADING) == found[0].count("\n| case |") > 0
     assert filled

@@ -7,12 +7,11 @@ import itertools
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import aot, gates, gpus, ptxas, resources
+from benchmarks import aot, gates, gpus, ptxas, resource_table, resources
 from benchmarks.resources import Usage
 from scripts import gpu_resources
 
@@ -59,8 +58,8 @@ def test_a_log_without_the_numbers_is_not_read_as_zero(word):
 
 
 def test_names_are_short():
-    name = "void pyeff::gpu::(anonymous namespace)::project<pyeff::gpu::bf16, (int)128, (bool)1>(pyeff::gpu::Params)"
-    assert ptxas.short(name) == "project<bf16, 128, 1>"
+    name = "void pyeff::gpu::(anonymous namespace)::project<pyeff::gpu::bf16, (int)128, (pyeff::Cell)1>(pyeff::P)"
+    assert ptxas.short(name) == "project<bf16, 128, Cell 1>"
     assert ptxas.short("pyeff::gpu::fold(pyeff::gpu::Params<float>)") == "fold"
     if shutil.which("c++filt"):
         assert ptxas.demangled([OUTER]) == {OUTER: "outer<bf16>"}
@@ -123,59 +122,6 @@ def test_limits_are_those_of_the_architecture():
         assert dataclasses.replace(GOOD, arch=cc, shared=limit + 1).problems() != []
 
 
-OCCUPANCY = r"""
-#include <cstdio>
-#include <cuda_occupancy.h>
-int main() {
-  int major, threads, registers; long shared, optin, sm, most;
-  while (std::scanf("%d %d %d %ld %ld %ld %ld", &major, &threads, &registers, &shared, &optin, &sm, &most) == 7) {
-    cudaOccDeviceProp p; p.computeMajor = major; p.computeMinor = 0; p.maxThreadsPerBlock = 1024;
-    p.maxThreadsPerMultiprocessor = int(most); p.regsPerBlock = p.regsPerMultiprocessor = 65536; p.warpSize = 32;
-    p.sharedMemPerBlock = 48 * 1024; p.sharedMemPerMultiprocessor = sm; p.sharedMemPerBlockOptin = optin;
-    p.reservedSharedMemPerBlock = 1024; p.numSms = 1;
-    cudaOccFuncAttributes a; a.maxThreadsPerBlock = 1024; a.numRegs = registers; a.sharedSizeBytes = 0;
-    a.partitionedGCConfig = PARTITIONED_GC_OFF; a.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
-    a.maxDynamicSharedSizeBytes = optin; a.numBlockBarriers = 1;
-    cudaOccDeviceState s; s.cacheConfig = CACHE_PREFER_NONE; s.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
-    cudaOccResult r;
-    cudaOccError e = cudaOccMaxActiveBlocksPerMultiprocessor(&r, &p, &a, &s, threads, shared);
-    std::printf("%d\n", e == CUDA_OCC_SUCCESS ? r.activeBlocksPerMultiprocessor : -1);
-  }
-}
-"""
-
-
-def occupancy_header() -> Path | None:
-    places = [Path("/usr/local/cuda/include")]
-    if shutil.which("nvcc"):
-        places.append(Path(shutil.which("nvcc")).resolve().parents[1] / "include")
-    triton = next((Path(p) / "triton" for p in sys.path if (Path(p) / "triton" / "backends").is_dir()), None)
-    if triton:
-        places.append(triton / "backends" / "nvidia" / "include")
-    return next((place for place in places if (place / "cuda_occupancy.h").exists()), None)
-
-
-@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
-@pytest.mark.skipif(not occupancy_header(), reason="no cuda_occupancy.h")
-def test_occupancy_is_that_of_nvidias_own_calculator(tmp_path):
-    (tmp_path / "occupancy.cpp").write_text(OCCUPANCY)
-    program = tmp_path / "occupancy"
-    command = ["c++", "-std=c++17", "-w", "-I", occupancy_header(), tmp_path / "occupancy.cpp", "-o", program]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    shared = (0, 1, 16 * 1024, 48 * 1024, 96 * 1024, 99 * 1024, 163 * 1024, 227 * 1024)
-    threads, registers = (32, 96, 128, 256, 384, 1024), (16, 40, 64, 96, 168, 255)
-    cases = list(itertools.product(gpus.ARCHITECTURES, threads, registers, shared))
-    cases = [case for case in cases if case[3] <= gpus.ARCHITECTURES[case[0]].shared_per_block]
-    lines = []
-    for cc, *rest in cases:
-        a = gpus.ARCHITECTURES[cc]
-        lines.append(" ".join(map(str, (cc // 10, *rest, a.shared_per_block, a.shared_per_sm, a.threads_per_sm))))
-    done = subprocess.run([str(program)], input="\n".join(lines), capture_output=True, text=True, check=True)
-    theirs = [int(line) for line in done.stdout.split()]
-    assert theirs == [gpus.blocks_per_sm(*case) for case in cases]
-    assert len(set(theirs)) > 10
-
-
 def test_exclusions_say_what_fails_and_nothing_else(tmp_path):
     good, bad = dataclasses.replace(GOOD, config="small"), dataclasses.replace(GOOD, config="large", spill_stores=4)
     failures = gates.triton_failures([good, bad], {})
@@ -200,6 +146,27 @@ def test_exclusions_say_what_fails_and_nothing_else(tmp_path):
     assert gates.read_exclusions(tmp_path / "nothing.py") == {}
 
 
+def test_a_cuda_kernel_takes_what_it_is_launched_with():
+    plans = {"k": gates.Launched(256, 1000, 0, gpus.WGMMA), "other<*, Cell 1>": gates.Launched(128, 0, 90)}
+    kernel = dataclasses.replace(GOOD, shared=24, threads=512)
+    (found,), failures = gates.launched([kernel], plans)
+    assert (found.threads, found.shared, found.expects, failures) == (256, 1024, (gpus.WGMMA,), [])
+    assert len(gates.launched([dataclasses.replace(kernel, threads=128)], plans)[1]) == 1
+    assert len(gates.launched([dataclasses.replace(kernel, kernel="unknown")], plans)[1]) == 1
+    assert gates.launched([dataclasses.replace(kernel, kernel="probe")], plans)[1] == []
+    elsewhere = dataclasses.replace(kernel, kernel="other<bf16, Cell 1>", arch=80)
+    assert gates.launched([elsewhere], plans) == ([], [])
+    assert gates.launched([dataclasses.replace(elsewhere, arch=90)], plans)[0][0].threads == 128
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_the_lists_of_launches_name_threads_and_shared_memory():
+    plans = gates.launches()
+    assert plans["read_fold<*"] == (128, 16, 0, "none")
+    assert plans["read_resident<bf16, Cell 1>"][2:] == (90, "wgmma")
+    assert all(plan.shared <= gpus.ARCHITECTURES[plan.arch or 120].shared_per_block for plan in plans.values())
+
+
 def test_a_stack_frame_of_a_cuda_kernel_needs_a_reason_and_a_spill_has_none():
     framed = dataclasses.replace(GOOD, stack=8)
     assert len(gates.cuda_failures([framed], {})) == 1
@@ -219,6 +186,21 @@ def test_artefacts_hold_every_number_and_the_skips(tmp_path):
     assert "excluded; spills" in text
     assert "- something" in text
     assert gpu_resources.best([bad, GOOD]) == [GOOD]
+
+
+def test_the_table_of_the_predictions_keeps_what_could_not_be_looked_at(tmp_path):
+    path = tmp_path / "table.py"
+    triton = dataclasses.replace(GOOD, backend="triton", kernel="recur", config="large", variant="few-gru-rms-bfloat16")
+    cuda = dataclasses.replace(GOOD, kernel="read_fold<bf16>")
+    two = dataclasses.replace(triton, registers=64, shared=0)  # more of these fit: not the one that counts
+    odd = dataclasses.replace(triton, variant="odd-gru-rms-bfloat16", registers=255)
+    gates.write_table(*gates.kept(gates.Report([triton, two, odd, cuda], {"triton": "1", "nvcc": "2"}), path), path)
+    first, versions = gates.kept(gates.Report(), path)
+    assert first == {"recur/large gru": {90: (256, 2, "wgmma")}, "read_fold<bf16>": {90: (256, 2, "wgmma")}}
+    assert versions == {"triton": "1", "nvcc": "2"}
+    # A backend that was looked at counts as it is now.
+    second, versions = gates.kept(gates.Report([], {"triton": "3"}), path)
+    assert (list(second), versions) == (["read_fold<bf16>"], {"triton": "3", "nvcc": "2"})
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +259,7 @@ def test_a_compiler_that_dies_is_a_finding(tmp_path, monkeypatch):
     (tmp_path / "dying_kernels.py").write_text(
         "import os\n\nfrom benchmarks.aot import Case\nfrom tests import planted_kernels\n\n\nclass Dies:\n"
         "    __name__ = property(lambda self: os.abort())\n\n\ndef aot_cases():\n"
-        "    yield Case('dies/1', 80, Dies(), {}, {}, {}, 4, 1, False)\n    yield from planted_kernels.aot_cases()\n"
+        "    yield Case('dies/1', 80, Dies(), {}, {}, {}, {}, False)\n    yield from planted_kernels.aot_cases()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     dead, good = aot.run(aot.jobs(["dying_kernels"], [80])[:2], processes=1)
@@ -285,22 +267,46 @@ def test_a_compiler_that_dies_is_a_finding(tmp_path, monkeypatch):
     assert good.problems() == []
 
 
-@pytest.mark.slow
-def test_every_triton_configuration_passes_or_is_excluded():
+@pytest.fixture(scope="module")
+def triton_report():
     pytest.importorskip("triton")
     report = gates.Report()
     gates.triton(report)
-    assert report.failures == []
-    if not report.usages:
-        pytest.skip("; ".join(report.skipped))
+    return report
 
 
-def test_every_cuda_kernel_passes():
+@pytest.fixture(scope="module")
+def cuda_report():
     report = gates.Report()
     gates.cuda(report, BUILD)
-    assert report.failures == []
     if not report.usages:
         pytest.skip("; ".join(report.skipped))
+    return report
+
+
+@pytest.mark.slow
+def test_every_triton_configuration_passes_or_is_excluded(triton_report):
+    assert triton_report.failures == []
+    assert {usage.arch for usage in triton_report.usages} == set(gpus.ARCHITECTURES)
+    assert {usage.expects for usage in triton_report.usages} >= {(resources.NO_MATRIX,), (gpus.WGMMA,), (gpus.TCGEN05,)}
+
+
+@pytest.mark.slow
+def test_every_cuda_kernel_passes(cuda_report):
+    assert cuda_report.failures == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["triton_report", "cuda_report"])
+def test_the_table_of_the_predictions_is_what_the_compilers_say(name, request):
+    report = request.getfixturevalue(name)
+    if any(resource_table.VERSIONS.get(tool) != version for tool, version in report.versions.items()):
+        pytest.skip(f"the table is by {resource_table.VERSIONS}, here is {report.versions}")
+    built = {usage.arch for usage in report.usages}
+    for kernel, entries in gates.table(report.usages).items():
+        committed = dict(zip(gpus.ARCHITECTURES, resource_table.RESOURCES.get(kernel, ()), strict=False))
+        known = {arch: entry for arch, entry in committed.items() if entry and arch in built}
+        assert known == entries, f"{kernel}: python scripts/gpu_resources.py --write"
 
 
 SPILLING = """
@@ -331,19 +337,21 @@ def test_planted_cuda_kernels_fail_their_gate_and_the_good_one_none(tmp_path):
     command = ["nvcc", "-O3", "-Xptxas=-v", *archs, "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     Path(f"{target}.log").write_text(done.stdout + done.stderr)
-    report = gates.Report()
-    gates.cuda(report, tmp_path)
+    report, good = gates.Report(), gates.Launched(256, 1000)
+    gates.cuda(report, tmp_path, {"good": good, "framed": good, "spilled": good._replace(arch=80)})
     found = {(usage.kernel, usage.arch): usage.problems() for usage in report.usages}
-    assert set(found) == set(itertools.product(("framed", "spilled", "good"), (80, 90)))
+    # Where a kernel is not launched, what it takes is of no interest.
+    assert set(found) == {("spilled", 80), *itertools.product(("framed", "good"), (80, 90))}
+    assert any("spills" in problem for problem in found["spilled", 80])
     for arch in (80, 90):
-        assert any("spills" in problem for problem in found["spilled", arch])
         assert any("stack frame" in problem for problem in found["framed", arch])
         assert found["good", arch] == []
-    assert len(report.failures) == 4
+    assert len(report.failures) == 3
+    assert {usage.shared for usage in report.usages} == {1000}
     assert any("not built for sm_100, sm_120" in line for line in report.skipped)
     if ptxas.cuobjdump():
         threads = {usage.kernel: usage.threads for usage in report.usages}
-        assert threads == {"framed": 256, "spilled": 1024, "good": 256}
+        assert threads == {"framed": 256, "spilled": 256, "good": 256}
 
 
 def test_the_script_prints_the_skips_and_fails_with_a_gate(tmp_path, capsys, monkeypatch):

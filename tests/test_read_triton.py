@@ -343,10 +343,8 @@ def test_few_launches(kernels, cell, tokens):
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_new_number_of_tokens_compiles_nothing(kernels, cell):
     """What differs between two calls is nothing that Triton compiles for."""
-    all_of = chain.from_iterable
-    for before, after in zip(
-        all_of(launches(kernels, cell, 32768)), all_of(launches(kernels, cell, 33333)), strict=True
-    ):
+    first, second = ([*chain(*launches(kernels, cell, tokens))] for tokens in (32768, 33333))
+    for before, after in zip(first, second, strict=True):
         assert before.kernel is after.kernel
         assert before.config == after.config
         assert before.constants == after.constants

@@ -29,8 +29,12 @@ def bench(
     table: Annotated[bool, typer.Option("--table/--no-table", help="Print the table.")] = True,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     into: Annotated[Optional[Path], typer.Option(help="Fill the marked places of this Markdown file.")] = None,  # noqa: UP045
+    predict: Annotated[Optional[str], typer.Option(help="Predict READ's GPU kernels on this card.")] = None,  # noqa: UP045
 ) -> None:
     """Times the fused operations against eager, compiled and everything else that is installed."""
+    if predict:
+        _predict(op, predict, match, every, json, into, "markdown" if markdown else "text" if table else "")
+        return
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
     if device not in _DEVICES:
@@ -84,6 +88,27 @@ def _device(name: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _predict(
+    op: str | None, card: str, match: str, every: bool, json: Path | None, into: Path | None, form: str
+) -> None:
+    """Shows what the model says; it is kept apart from results in every way."""
+    predictions = module("predictions")
+    try:
+        if op not in (None, "read", predictions.OP):
+            raise ValueError(f"there are no predictions for {op!r}, only for read")
+        found = predictions.rows(predictions.card(card), match)
+        if not found:
+            raise ValueError(f"no case has all of {match!r}")
+        if json:
+            predictions.save(found, json)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if form:
+        typer.echo(predictions.markdown(found) if form == "markdown" else predictions.text(found, every))
+    if into:
+        typer.echo(f"{into}: {predictions.write_into(into)} places filled", err=True)
 
 
 def _shown(run: Any, op: str | None, match: str) -> Any:

@@ -51,7 +51,7 @@ ReadInputs::ReadInputs(Number number, const ReadSizes& sizes, const ReadOptions&
   const int64_t rows = sizes.gates() * sizes.rank, state = sizes.tokens * sizes.rank;
   auto fill = [&](Input& input, Values& value, bool given, int64_t count, double scale, double offset = 0) {
     if (!given) return;
-    input = Input(number, count, o.aligned);
+    input = Input(number, count, o.begin);
     for (int64_t i = 0; i < count; ++i) input.set(i, offset + scale * random.uniform());
     for (int64_t i = 0; i < count; ++i) value.push_back(input[i]);
   };
@@ -115,7 +115,7 @@ void ReadInputs::lay_out(Random& random, Layout layout, const ReadOptions& o) {
   }
   int64_t last = (d - 1) * rows.inner;
   for (int i = 0; i < rows.dims; ++i) last += (rows.size[i] - 1) * rows.stride[i];
-  Input phi(phi_number, last + 1, o.aligned);
+  Input phi(phi_number, last + 1, o.begin);
   for (int64_t i = 0; i <= last; ++i) phi.set(i, o.phi_mean + o.phi_range * random.uniform());
   Values value;
   for (int64_t token = 0; token < n; ++token) {

@@ -32,7 +32,7 @@ struct ReadOptions {
   bool wide_phi = false;                                              // with 16-bit weights: phi in f32
   Layout layouts[3] = {Layout::dense, Layout::dense, Layout::dense};  // of layer i: layouts[i % 3]
   double phi_mean = 0.3, phi_range = 2, grad_range = 1;               // uniform within mean +- range; grads around 0
-  bool aligned = false;                                               // everything begins at a multiple of 16 bytes
+  Begin begin = Begin::number;                                        // of everything
 };
 
 struct ForwardOutputs {

@@ -122,15 +122,20 @@ class Random {
   uint64_t state_;
 };
 
+// Where memory begins: one number, or two 16-bit numbers, past a multiple of 16 bytes, or there.
+enum class Begin { number, pair, vector };
+
 // A heap block that ends where its numbers end, so that AddressSanitizer sees the first byte read past them; and that
-// begins at no vector's alignment, or `aligned`, at 16 bytes.
+// begins at no vector's alignment, unless told to.
 class Input {
  public:
   Input() = default;
-  Input(Number number, int64_t count, bool aligned = false)
+  Input(Number number, int64_t count, Begin begin = Begin::number)
       : number_(number),
         count_(count),
-        lead_(aligned ? 16 : size_of(number)),
+        lead_(begin == Begin::vector                         ? 16
+              : begin == Begin::pair && size_of(number) == 2 ? 4
+                                                             : size_of(number)),
         block_(new char[static_cast<size_t>(count * size_of(number) + lead_)]) {}
   Input(Number number, const std::vector<double>& values) : Input(number, static_cast<int64_t>(values.size())) {
     for (int64_t i = 0; i < count_; ++i) set(i, values[static_cast<size_t>(i)]);

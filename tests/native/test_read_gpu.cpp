@@ -35,8 +35,10 @@ Machine machine_with(Random& random) {
 
 ReadOptions random_options(Random& random, Cell cell) {
   ReadOptions o;
-  for (bool* option : {&o.b_ih, &o.b_hh, &o.norm_weight, &o.norm_bias, &o.h0, &o.c0, &o.wide_phi, &o.aligned})
+  for (bool* option : {&o.b_ih, &o.b_hh, &o.norm_weight, &o.norm_bias, &o.h0, &o.c0, &o.wide_phi})
     *option = random.coin();
+  const Begin begins[] = {Begin::number, Begin::pair, Begin::vector};
+  o.begin = random.pick(begins);
   // Either gradient may be missing, not both.
   const int64_t which = random.below(3);
   o.grad_out = which != 0 || cell != Cell::lstm, o.grad_c = which != 1;

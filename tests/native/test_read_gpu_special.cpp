@@ -32,8 +32,8 @@ struct Call {
   Call(Number number, Number phi_number, Cell cell, Norm norm, int64_t tokens, int64_t width, int64_t rank)
       : number(number), phi_number(phi_number), cell(cell), norm(norm), tokens(tokens), width(width), rank(rank) {
     Random random(1);
-    w_ih = Input(number, gates() * rank * width, true);
-    w_hh = Input(number, gates() * rank * rank, true);
+    w_ih = Input(number, gates() * rank * width, Begin::vector);
+    w_hh = Input(number, gates() * rank * rank, Begin::vector);
     for (int64_t i = 0; i < gates() * rank * width; ++i) w_ih.set(i, random.uniform());
     for (int64_t i = 0; i < gates() * rank * rank; ++i) w_hh.set(i, random.uniform() / 4);
   }
@@ -143,12 +143,13 @@ TEST(numbers_out_of_range_stay_in_their_token_on_the_gpu) {
           Random random(++seed);
           if (kSanitized && seed % 3 != 0) continue;
           const int64_t tokens = random.coin() ? 5 : 70, width = random.coin() ? 9 : 64;
-          const bool save_gates = random.coin(), aligned = random.coin();
+          const bool save_gates = random.coin();
+          const Begin begin = random.coin() ? Begin::vector : Begin::number;
           Call call(number, number, cell, norm, tokens, width, rank);
           call.wgmma = random.coin();
           Values values;
           for (int64_t i = 0; i < tokens * width; ++i) values.push_back(random.uniform());
-          Input phi(number, tokens * width, aligned), other(number, tokens * width, aligned);
+          Input phi(number, tokens * width, begin), other(number, tokens * width, begin);
           for (int64_t i = 0; i < tokens * width; ++i) phi.set(i, values[size_t(i)]), other.set(i, values[size_t(i)]);
           call.add(phi), call.add(other);
           const std::vector<Output> clean = call.train(save_gates);
@@ -186,8 +187,9 @@ TEST(finite_rows_whose_squares_overflow_are_nothing_on_the_gpu) {
           Call large(number, number, cell, norm, tokens, width, rank),
               zero(number, number, cell, norm, tokens, width, rank);
           large.wgmma = zero.wgmma = random.coin();
-          const bool aligned = random.coin(), save_gates = random.coin();
-          Input phi(number, tokens * width, aligned), nothing(number, tokens * width, aligned);
+          const bool save_gates = random.coin();
+          const Begin begin = random.coin() ? Begin::vector : Begin::number;
+          Input phi(number, tokens * width, begin), nothing(number, tokens * width, begin);
           for (int64_t i = 0; i < tokens * width; ++i) {
             const bool here = i / width == bad;
             const double x = random.uniform();

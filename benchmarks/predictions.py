@@ -1,0 +1,216 @@
+"""Predictions: READ's GPU kernels by the model, against the floor, as tables. None of it was ever timed.
+
+A prediction is computed where it is shown and is stored in no result. What it rests on is listed under it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import model, read_model, read_plan
+from .gpus import CARDS, Card
+from .model import Prediction
+from .read_model import GATES, SIZES, Shape
+from .registry import FORWARD, TRAINING, matches
+from .report import Table, fill_marked, seconds
+
+ROOT = Path(__file__).resolve().parent.parent
+OP = "read_recurrence"
+TOKENS = (512, 1024, 8192, 32768)
+BACKENDS = ("triton", "cuda")
+MARKED = re.compile(r"(<!-- predict:(\w+)([^>]*?) -->\n).*?(<!-- /predict -->)", re.S)
+HEADING = "PREDICTION, not a measurement"
+# The rate of L2 is the assumption that the predictions hang on most: how much they change if it is twice as high.
+_L2_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call on one card: its floor and, by backend, the kernels' predictions; with L2 twice as fast in ``faster``.
+
+    Times are in seconds. ``absent`` has the backends without a prediction, and why.
+    """
+
+    shape: Shape
+    card: Card
+    floor: float
+    kernels: dict[str, list[Prediction]]
+    faster: dict[str, float]
+    absent: dict[str, str]
+
+    @property
+    def mode(self) -> str:
+        return TRAINING if self.shape.training else FORWARD
+
+    @property
+    def label(self) -> str:
+        return f"{self.shape.cell} {self.shape.tokens}"
+
+    def seconds(self, backend: str) -> float:
+        return model.total(self.kernels[backend])
+
+    def over_floor(self, backend: str) -> float:
+        return self.seconds(backend) / self.floor
+
+    def longest(self, backend: str) -> Prediction:
+        """The kernel that takes most of the time."""
+        return max(self.kernels[backend], key=lambda prediction: prediction.seconds)
+
+
+def row(shape: Shape, card: Card) -> Row:
+    """The predictions for one call."""
+    faster_card = dataclasses.replace(card, l2=card.l2 * _L2_FACTOR)
+    kernels, faster, absent = {}, {}, {}
+    for backend in BACKENDS:
+        try:
+            plan = read_plan.plan(backend, shape, card)
+        except read_plan.NoPlan as reason:
+            absent[backend] = str(reason)
+            continue
+        kernels[backend] = read_model.predict(shape, plan, card)
+        faster[backend] = model.total(read_model.predict(shape, plan, faster_card))
+    return Row(shape, card, read_model.floor_seconds(shape, card), kernels, faster, absent)
+
+
+def rows(card: Card, match: str = "") -> list[Row]:
+    """The rows whose cell, tokens, dtype and mode have every word of ``match``."""
+    found = []
+    for mode in (FORWARD, TRAINING):
+        for dtype in SIZES:
+            for cell in GATES:
+                for tokens in TOKENS:
+                    if matches(match, OP, f"{cell} {tokens}", dtype, mode):
+                        found.append(row(Shape(tokens, cell, dtype, mode == TRAINING), card))
+    return found
+
+
+def tables(found: list[Row]) -> list[Table]:
+    """One table for each dtype and mode."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for one in found:
+        groups.setdefault((one.shape.dtype, one.mode), []).append(one)
+    header = ["case", "floor"]
+    for backend in BACKENDS:
+        header += [backend, "xfloor", "L2 x2", "longest kernel"]
+    result = []
+    for (dtype, mode), group in groups.items():
+        first = group[0]
+        sizes = f"L={first.shape.layers} d={first.shape.width} r={first.shape.rank}"
+        title = f"{HEADING}: {OP}  {first.card.name}  {dtype}  {mode}  {sizes}"
+        result.append(Table(title, header, [[one.label, seconds(one.floor), *_cells(one)] for one in group]))
+    return result
+
+
+def _cells(one: Row) -> Iterator[str]:
+    for backend in BACKENDS:
+        if backend in one.absent:
+            yield from ("-",) * 4
+            continue
+        longest = one.longest(backend)
+        yield seconds(one.seconds(backend))
+        yield f"{one.over_floor(backend):.2f}"
+        yield seconds(one.faster[backend])
+        yield f"{longest.kernel} ({longest.bound})"
+
+
+def details(found: list[Row]) -> list[Table]:
+    """One table for each row and backend, with every kernel and every term of its time."""
+    result = []
+    for one in found:
+        for backend, kernels in one.kernels.items():
+            terms = list(kernels[0].terms)
+            lines = [
+                [p.kernel, seconds(p.seconds), f"{p.waves:.2f}", seconds(p.launch)]
+                + [seconds(p.terms[term]) if p.terms[term] else "-" for term in terms]
+                for p in kernels
+            ]
+            title = f"{HEADING}: {OP} {one.label}  {one.card.name}  {one.shape.dtype} {one.mode}  {backend}"
+            result.append(Table(title, ["kernel", "time", "waves", "launch", *terms], lines))
+    return result
+
+
+def notes(found: list[Row]) -> list[str]:
+    """What the predictions rest on, and which backends have none."""
+    lines = [
+        "Nothing in these tables was timed. time: the largest of the terms of each kernel, plus launches, summed up.",
+        "xfloor: over the floor of docs/read.md at this card's rates; L2 x2: the time with twice the rate of L2.",
+    ]
+    absent = {backend: reason for one in found for backend, reason in one.absent.items()}
+    lines += [f"{backend}: no prediction: {reason}" for backend, reason in absent.items()]
+    card = found[0].card
+    lines += model.assumptions([p for one in found for kernels in one.kernels.values() for p in kernels], card)
+    return lines + read_plan.sources(card)
+
+
+def text(found: list[Row], every: bool = False) -> str:
+    """For a terminal."""
+    shown = [*tables(found), *(details(found) if every else [])]
+    return "\n\n".join([*(table.text() for table in shown), "\n".join(f"- {line}" for line in notes(found))])
+
+
+def markdown(found: list[Row]) -> str:
+    """For a document."""
+    blocks = [table.markdown() for table in tables(found)]
+    return "\n\n".join([*blocks, "\n".join(f"- {line}" for line in notes(found))])
+
+
+def plain(found: list[Row]) -> dict[str, Any]:
+    """For JSON. It says in itself that it is no result."""
+    return {
+        "kind": HEADING,
+        "card": dataclasses.asdict(found[0].card),
+        "notes": notes(found),
+        "rows": [
+            {
+                "op": OP,
+                "mode": one.mode,
+                "shape": dataclasses.asdict(one.shape),
+                "floor_seconds": one.floor,
+                "absent": one.absent,
+                "backends": {
+                    backend: {
+                        "seconds": one.seconds(backend),
+                        "seconds_with_l2_twice_as_fast": one.faster[backend],
+                        "kernels": [{**dataclasses.asdict(p), "seconds": p.seconds, "bound": p.bound} for p in kernels],
+                    }
+                    for backend, kernels in one.kernels.items()
+                },
+            }
+            for one in found
+        ],
+    }
+
+
+def save(found: list[Row], path: str | Path) -> None:
+    """Writes the predictions as JSON.
+
+    Raises:
+        ValueError: among the results, which are measured.
+    """
+    path = Path(path)
+    if path.resolve().parent == ROOT / "benchmarks" / "results":
+        raise ValueError(f"{path} is where results are kept, and this is a prediction")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plain(found), indent=1) + "\n")
+
+
+def card(name: str) -> Card:
+    """A card by its name.
+
+    Raises:
+        ValueError: none is called so.
+    """
+    if name not in CARDS:
+        raise ValueError(f"no card is called {name!r}, expected one of {', '.join(CARDS)}")
+    return CARDS[name]
+
+
+def write_into(path: str | Path) -> int:
+    """Fills the places ``<!-- predict:CARD WORDS -->`` to ``<!-- /predict -->`` of a Markdown file; how many."""
+    return fill_marked(path, MARKED, lambda found: markdown(rows(card(found[2]), found[3])))
