@@ -63,6 +63,13 @@ def test_more_than_a_tile_of_everything(kernels, cell, norm, dtype):
     check_read(call, call.tensors)
 
 
+@halves
+def test_more_steps_than_stages(kernels, dtype):
+    """Along the features a stage holds 64 and there are four at most: here the first ones are filled again."""
+    call = make_read("gru", lead=(3,), layers=1, d=461, r=44, dtype=dtype)
+    check_read(call, call.tensors)
+
+
 def test_more_than_a_tile_in_float32(kernels):
     call = make_read("gru", "layer", lead=(131,), layers=1, d=70, r=35, dtype=torch.float32)
     check_read(call, call.tensors)
