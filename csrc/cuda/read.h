@@ -18,8 +18,8 @@ struct ReadLayer {
   bool aligned;
 };
 
-// Weights and states are contiguous and of one number type; a null pointer stands for "not given". What is given may lie
-// at any address of its type; outputs, and what a forward saved, begin at multiples of 16 bytes.
+// Weights and states are contiguous and of one number type; a null pointer stands for "not given". What is given may
+// lie at any address of its type; outputs, and what a forward saved, begin at multiples of 16 bytes.
 struct ReadProblem {
   Number number;
   Number phi_number;  // the same, or f32 beside a 16-bit number: phi is then rounded as it is read

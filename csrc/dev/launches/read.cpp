@@ -1,7 +1,7 @@
 // What READ's CUDA kernels are launched with, for the resource report: a line each of name pattern, threads of a block,
-// bytes of dynamic shared memory, the one architecture (0: all) that launches it, and the matrix instruction that must be
-// in it ("none": none may be). The compiler's reports know none of it. Built by any C++ compiler, over the emulated half
-// of the portable layer; nothing is launched.
+// bytes of dynamic shared memory, the one architecture (0: all) that launches it, and the matrix instruction that must
+// be in it ("none": none may be). The compiler's reports know none of it. Built by any C++ compiler, over the emulated
+// half of the portable layer; nothing is launched.
 #include <cstdio>
 #include <initializer_list>
 
