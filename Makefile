@@ -76,10 +76,11 @@ sanitize: $(VENV)/.requirements
 	$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DPYEFF_SANITIZE=address,undefined >/dev/null
 	$(CMAKE) --build build/asan --target pyeff_native
-	build/asan/pyeff_native
 	$(CMAKE) -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_SANITIZE=thread >/dev/null
 	$(CMAKE) --build build/tsan --target pyeff_native
-	$(FIXED) build/tsan/pyeff_native
+	build/asan/pyeff_native >build/asan/run.log 2>&1 & asan=$$!; \
+	$(FIXED) build/tsan/pyeff_native; tsan=$$?; \
+	wait $$asan || { cat build/asan/run.log; exit 1; }; tail -n 1 build/asan/run.log; exit $$tsan
 
 # Does the portable path compile and link for arm64? Run it, too, where an emulator is.
 cross: $(VENV)/.requirements

@@ -20,6 +20,11 @@ constexpr bool kSanitized = true;  // then everything takes ten times as long
 #else
 constexpr bool kSanitized = false;
 #endif
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kRaces = true;  // and this sanitizer takes ten times as long again where threads are fibers
+#else
+constexpr bool kRaces = false;
+#endif
 
 template <class F>
 void for_each_usable_isa(F&& body) {
