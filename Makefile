@@ -82,11 +82,12 @@ sanitize: $(VENV)/.requirements
 	$(FIXED) build/tsan/pyeff_native; tsan=$$?; \
 	wait $$asan || { cat build/asan/run.log; exit 1; }; tail -n 1 build/asan/run.log; exit $$tsan
 
-# Does the portable path compile and link for arm64? Run it, too, where an emulator is.
+# Does the portable path compile and link for arm64? Run it, too, where an emulator is. Without the emulated GPU kernels:
+# one emulation within another takes hours.
 cross: $(VENV)/.requirements
 	@if ! command -v $(CROSS) >/dev/null; then \
 	    echo "cross: $(CROSS) is not here, so the arm64 check is skipped"; exit 0; fi; set -e; \
-	$(CMAKE) -S . -B build/arm64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_TORCH=OFF \
+	$(CMAKE) -S . -B build/arm64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_TORCH=OFF -DPYEFF_EMULATE=OFF \
 	    -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS) >/dev/null; \
 	$(CMAKE) --build build/arm64 --target pyeff_native; \
 	for qemu in qemu-aarch64 qemu-aarch64-static; do \
