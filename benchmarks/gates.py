@@ -243,20 +243,25 @@ VERSIONS = {versions}
 RESOURCES: dict[str, tuple[tuple[int, int, str] | None, ...]] = {{'''
 TABLE = ROOT / "benchmarks" / "resource_table.py"
 Table = dict[str, dict[int, tuple[int, int, str]]]
-# Variants of a call that the predictions are not about, by a word of their names.
-_UNUSUAL = {"odd", "wide", "layer", "none"}
+# Variants of a call that the predictions are not about, by a word of their names; and those that will do where there is
+# no other: to most kernels the norm is all one.
+_UNUSUAL, _SECOND = {"odd", "wide"}, {"layer", "none"}
 
 
 def table(usages: Sequence[Usage]) -> Table:
     """The committed table of these usages: of several variants the one of which fewest blocks fit."""
     found: Table = {}
-    for usage in usages:
+    first: dict[tuple[str, int], bool] = {}
+    for usage in sorted(usages, key=lambda u: bool(_SECOND & set(u.variant.split("-")))):
         words = usage.variant.split("-")
         if not usage.blocks_per_sm or _UNUSUAL & set(words) or re.search(r"<b?f16, float>", usage.kernel):
             continue
         cell = next((word for word in words if word in ("rnn", "gru", "lstm")), "")
         name = " ".join(filter(None, (usage.configuration, cell)))
         matrix = next((m for m in ARCHITECTURES[usage.arch].matrix if m in (usage.matrix or ())), "")
+        second = bool(_SECOND & set(words))
+        if second > first.setdefault((name, usage.arch), second):
+            continue
         entry = (usage.threads or 0, usage.blocks_per_sm, matrix.partition(".")[0])
         found.setdefault(name, {})
         found[name][usage.arch] = min(found[name].get(usage.arch, entry), entry, key=lambda e: e[1])

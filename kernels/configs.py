@@ -131,9 +131,8 @@ _ODD: dict[str, tuple[Config, ...]] = {
 _FLOAT: dict[str, tuple[Config, ...]] = {
     "project": (_tile("float", 64, 64, 16, 8, 2), _tile("float-small", 64, 32, 16, 4, 2)),
     "recur": (
-        _units("float", 32, 32, 16, 8, 2),
-        _units("float-few-warps", 32, 32, 16, 4, 2),
-        _units("float-small", 32, 16, 16, 4, 2),
+        _up_to(128, _units("float", 32, 32, 16, 8, 2)),
+        _up_to(168, _units("float-small", 32, 16, 16, 4, 2)),
     ),
     "reverse": (_up_to(255, _units("float", 32, 64, 16, 4, 2)), _up_to(168, _units("float-small", 16, 32, 16, 4, 2))),
     "outer": (_up_to(128, _outer("float", 64, 64, 16, 8, 2)), _outer("float-small", 64, 32, 16, 4, 2)),

@@ -4,14 +4,8 @@ Written by ``python scripts/gpu_resources.py --write``, not by hand. Kernels ski
 """
 
 EXCLUDED: dict[str, dict[int, str]] = {
-    "recur/float": {
-        120: "spills",
-    },
     "recur/odd": {
         90: "spills",
-        120: "spills",
-    },
-    "recur_lstm/float": {
         120: "spills",
     },
 }
