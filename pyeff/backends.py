@@ -29,7 +29,7 @@ EMULATED_LIBRARY = Path(__file__).parents[1] / "build" / "dev" / "pyeff_emulated
 OPS: dict[str, tuple[str, ...]] = {
     "read_recurrence": ("cuda", "triton", "cpu", "reference"),
     "read_step": ("cuda", "triton", "cpu", "reference"),
-    "ticket_linear": (),
+    "ticket_linear": ("cuda", "triton", "cpu", "reference"),
     "ligo_grow": (),
     "multimask_targets": (),
     "multimask_gather": (),

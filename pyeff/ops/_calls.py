@@ -12,15 +12,21 @@ from torch.autograd import forward_ad
 
 
 def check_tensor(
-    op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+    op: str,
+    name: str,
+    t: Tensor,
+    shape: tuple[int, ...],
+    like: Tensor,
+    dtype: torch.dtype | None = None,
+    as_what: str = "w_ih",
 ) -> None:
-    """Raises ValueError unless ``t`` has this shape, and the dtype (or ``dtype``), device and layout of w_ih."""
+    """Raises ValueError unless ``t`` has this shape, the dtype (or ``dtype``) and device of ``like``, and is dense."""
     if tuple(t.shape) != shape:
         raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected {list(shape)}")
     if t.dtype != (dtype or like.dtype):
-        raise ValueError(f"{op}: {name} is {t.dtype}, expected {dtype or like.dtype} as w_ih")
+        raise ValueError(f"{op}: {name} is {t.dtype}, expected {dtype or like.dtype} as {as_what}")
     if t.device != like.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device} as w_ih")
+        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device} as {as_what}")
     if t.layout != torch.strided:
         raise ValueError(f"{op}: {name} has layout {t.layout}, expected torch.strided (a dense tensor)")
 

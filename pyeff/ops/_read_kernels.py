@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyeff import backends
+from pyeff.ops import _gpu_choice
+from pyeff.ops._gpu_choice import Rule
 from pyeff.reference.read import GATES, NORMS, REDUCTIONS
 
 # What the backward needs of a step beside h: nothing (1 - h^2), (r, z, n, R_n h + b), (i, f, g, o).
@@ -19,16 +19,6 @@ SAVE_NOTHING, SAVE_STATES, SAVE_GATES = 0, 1, 2
 
 Options = tuple[str, str, float, str]
 Operands = Sequence["Tensor | None"]
-
-
-class Rule(NamedTuple):
-    """One line of the choice between the GPU's backends."""
-
-    capabilities: tuple[int, ...]  # 10 * major + minor; none: every one
-    dtypes: tuple[torch.dtype, ...]
-    ranks: tuple[int, ...]  # none: every one
-    backend: str
-    basis: str
 
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -44,25 +34,7 @@ GPU_CHOICE = (
 
 def prefer(device: torch.device, dtype: torch.dtype, cell: str, rank: int) -> tuple[str, ...]:
     """The GPU's backends in the order in which they are tried; empty for tensors that are elsewhere."""
-    # Tensors may claim a device that is not there: those without data, of torch.export and fake modes.
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return ()
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    capability = _capability(index)
-    for rule in GPU_CHOICE:
-        if (
-            (not rule.capabilities or capability in rule.capabilities)
-            and dtype in rule.dtypes
-            and (not rule.ranks or rank in rule.ranks)
-        ):
-            return (rule.backend, *(name for name in ("triton", "cuda") if name != rule.backend))
-    return ("triton", "cuda")
-
-
-@functools.cache
-def _capability(device: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return _gpu_choice.prefer(GPU_CHOICE, device, dtype, rank)
 
 
 def empty_forward(phi, w_ih, w_hh, cell, norm, save) -> tuple[Tensor, ...]:

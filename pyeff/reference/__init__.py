@@ -4,5 +4,6 @@ They are the oracle of the tests, the baseline of the benchmarks, and what runs 
 """
 
 from pyeff.reference.read import read_recurrence, read_step
+from pyeff.reference.ticket import ticket_linear
 
-__all__ = ["read_recurrence", "read_step"]
+__all__ = ["read_recurrence", "read_step", "ticket_linear"]
