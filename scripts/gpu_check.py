@@ -11,6 +11,7 @@ import csv
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from gpu_run import LEFT_OUT, Command, Part, dry_run, run, table  # noqa: E402
 
-OPS = ("read",)
+OPS = ("read", "ticket")
 ONLY = ("test", "bench", "profile")
 BACKENDS = ("cuda", "triton")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -190,7 +191,7 @@ def backends(found: dict) -> list[str]:
 
 
 def benchmarks(found: dict, op: str | None, out: Path, dry: bool, seconds: float, size: str) -> list[Part]:
-    program, what = [sys.executable, "-m", "benchmarks"], [op] if op else ["read"]
+    program, what = [sys.executable, "-m", "benchmarks"], [op] if op else []
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "gpu_inductor")}
     on_gpu = [*program, *what, "--device", "cuda", "--size", size]
     # A compiled rival takes a minute to compile: while the tests run, so that the times are taken on a quiet machine.
@@ -208,10 +209,10 @@ def benchmarks(found: dict, op: str | None, out: Path, dry: bool, seconds: float
 def profiles(found: dict, op: str | None) -> Part:
     part = Part("profile", "profile", 75, PROFILE_LOG)
     sections = [word for name in ("SpeedOfLight", "LaunchStats", "Occupancy") for word in ("--section", name)]
-    for name in backends(found):
+    for stem, name in itertools.product((op,) if op else OPS, backends(found)):
         watch = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--target-processes",
                  "application-only", *sections, "--page", "details", "--csv"]  # fmt: skip
-        call = [sys.executable, "scripts/gpu_profile.py", *(["--op", op] if op else []), "--backend", name]
+        call = [sys.executable, "scripts/gpu_profile.py", "--op", stem, "--backend", name]
         part.commands.append(Command([*watch, *call]))
     part.reason = "" if found["ncu"] else "ncu is not here"
     part.expected = '"Kernel Name"'
