@@ -1,22 +1,24 @@
 // The ticket's backward on the GPU: the gradient before the activation, then the products with it.
 #include "cuda/scratch.h"
 #include "cuda/ticket_launch.cuh"
-#include "cuda/ticket_outer.cuh"
 
 namespace pyeff::gpu {
 namespace {
 
 static_assert(TicketOuterTile<bf16, 128>::kShared <= kSharedAnywhere, "");
 static_assert(TicketOuterTile<float, 64>::kShared <= kSharedAnywhere, "");
+static_assert(TicketOuterWgmmaTile<64>::kShared <= kSharedHopper, "");
+static_assert(2 * TicketOuterWgmmaTile<128>::kShared <= kSharedHopper, "");
 
 // The gradient of the values: tiles and parts.
 struct OuterPlan {
+  bool wgmma;
   int64_t rows, columns, parts, tiles, splits;
 
-  OuterPlan(const TicketProblem& p, const Machine& machine) {
+  OuterPlan(const TicketProblem& p, const Machine& machine) : wgmma(machine.wgmma && bytes_of(p.number) == 2) {
     const int64_t narrow = bytes_of(p.number) == 2 ? 64 : 32;
     rows = p.block_out <= narrow ? narrow : 2 * narrow;
-    columns = TicketOuterTile<bf16, 128>::kColumns;
+    columns = wgmma && rows == 64 ? TicketOuterWgmmaTile<64>::kColumns : TicketOuterTile<bf16, 128>::kColumns;
     parts = div_up(p.block_out, rows);
     tiles = div_up(p.columns() * p.block_in, columns);
     // About as many tiles have work; and a part should have a few stages.
@@ -60,9 +62,16 @@ void sum_parts(Launches& launches, const float* partial, void* to, int64_t count
 }
 
 template <class T, int Rows>
-void run_outer_tile(Launches& launches, const TicketOuterParams& params) {
+void run_outer_tile(Launches& launches, const TicketOuterParams& params, bool wgmma) {
   using Tile = TicketOuterTile<T, Rows>;
   const Grid grid{int64_t{params.side.lines} * params.parts * params.tiles, params.splits};
+  if constexpr (sizeof(T) == 2) {
+    if (wgmma) {
+      launches.run("ticket_outer_wgmma", ticket_outer_wgmma<T, Rows>, grid, kThreads,
+                   TicketOuterWgmmaTile<Rows>::kShared, params);
+      return;
+    }
+  }
   launches.run("ticket_outer", ticket_outer<T, Rows>, grid, kThreads, Tile::kShared, params);
 }
 
@@ -84,9 +93,9 @@ void run_outer(Launches& launches, const TicketProblem& p, const TicketBackward&
   params.pairs = p.block_in % 2 == 0 && aligned_to(b.dvalues, 4);
   constexpr int kNarrow = sizeof(T) == 2 ? 64 : 32;
   if (plan.rows == kNarrow) {
-    run_outer_tile<T, kNarrow>(launches, params);
+    run_outer_tile<T, kNarrow>(launches, params, plan.wgmma);
   } else {
-    run_outer_tile<T, 2 * kNarrow>(launches, params);
+    run_outer_tile<T, 2 * kNarrow>(launches, params, plan.wgmma);
   }
   if (plan.splits > 1) sum_parts<T>(launches, local.partial, b.dvalues, OuterPlan::count(p), plan.splits);
 }

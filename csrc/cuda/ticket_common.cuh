@@ -111,6 +111,7 @@ struct TicketProductParams {
   bool rows_aligned, values_aligned;  // chunks lie within a block's line, at multiples of 16 bytes
   bool whole;                         // the depth of a block is a multiple of a chunk
   bool pairs;                         // neighbours of an output lie in one aligned word
+  bool to_aligned;                    // chunks of the outputs that begin with a line lie at multiples of 16 bytes
 };
 
 // Which tile a block computes. The tokens of a group stay in the cache while all lines pass, the fullest first.
@@ -145,6 +146,50 @@ PYEFF_DEVICE void store_product(const TicketProductParams& p, int64_t token, int
   }
   if (p.kept) store_two(static_cast<T*>(p.kept) + to, low, high, count, p.pairs);
   store_two(static_cast<T*>(p.to) + to, activated(low, p.activation), activated(high, p.activation), count, p.pairs);
+}
+
+// The same for a tile of 16-bit numbers, through shared memory that nobody uses any more: each thread has pairs, and
+// the memory wants whole rows. `each` calls its argument with the row, the column and the two sums of every pair.
+template <class T, int Rows, int N, int Threads, class Each>
+PYEFF_DEVICE void store_staged(const TicketProductParams& p, int64_t token0, int line, int column0, char* staged,
+                               int thread, int barrier_id, const Each& each) {
+  // 16 bytes more than a row: eight rows of a column of pairs lie in different banks.
+  constexpr int kPitch = N * 2 + 16, kChunks = N / 8;
+  const int at0 = line * p.columns + column0;
+  const int most = p.columns - column0 < p.across - at0 ? p.columns - column0 : p.across - at0;
+  const auto meet = [&] {
+    if (barrier_id < 0)
+      barrier();
+    else
+      named_barrier(barrier_id, Threads);
+  };
+  PYEFF_NO_UNROLL
+  for (int pass = p.kept ? 0 : 1; pass < 2; ++pass) {
+    meet();
+    each([&](int row, int column, float low, float high) {
+      if (p.bias) {
+        float bias[2];
+        load_two(bias, static_cast<const T*>(p.bias) + at0 + column, most - column, p.pairs);
+        low += bias[0], high += bias[1];
+      }
+      if (pass == 1) low = activated(low, p.activation), high = activated(high, p.activation);
+      store_shared(reinterpret_cast<uint32_t*>(staged + row * kPitch + column * 2), pack2<T>(low, high));
+    });
+    meet();
+    T* to = static_cast<T*>(pass == 0 ? p.kept : p.to) + at0;
+    for (int i = thread; i < Rows * kChunks; i += Threads) {
+      const int row = i / kChunks, column = i % kChunks * 8;
+      if (token0 + row >= p.tokens || column >= most) continue;
+      const char* from = staged + row * kPitch + column * 2;
+      T* at = to + (token0 + row) * p.across + column;
+      if (p.to_aligned && column + 8 <= most) {
+        store16(at, load_shared16(from));
+      } else {
+        for (int j = 0; j < 8 && column + j < most; ++j)
+          store(at + j, load_shared(reinterpret_cast<const T*>(from) + j));
+      }
+    }
+  }
 }
 
 }  // namespace pyeff::gpu

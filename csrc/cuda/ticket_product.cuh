@@ -120,14 +120,23 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) ticket_product(const PYEFF_GR
                                 multiply<T, Tile::kMT, Tile::kNT, Major::k, Transposed ? Major::mn : Major::k>(
                                     sums, stage, m, stage + Tile::kRows * kRowBytes, Columns{n, Tile::kNT, 0});
                               });
-  PYEFF_UNROLL
-  for (int i = 0; i < 2 * Tile::kMT; ++i) {
+  const auto each = [&](const auto& put) {
     PYEFF_UNROLL
-    for (int j = 0; j < Tile::kNT; ++j) {
-      const float* pair = sums[i / 2][j] + i % 2 * 2;
-      store_product<T>(p, token0 + m + i * 8 + lane() / 4, place.line, column0 + n + j * 8 + 2 * (lane() % 4), pair[0],
-                       pair[1]);
+    for (int i = 0; i < 2 * Tile::kMT; ++i) {
+      PYEFF_UNROLL
+      for (int j = 0; j < Tile::kNT; ++j) {
+        const float* pair = sums[i / 2][j] + i % 2 * 2;
+        put(m + i * 8 + lane() / 4, n + j * 8 + 2 * (lane() % 4), pair[0], pair[1]);
+      }
     }
+  };
+  if constexpr (sizeof(T) == 2) {
+    store_staged<T, Tile::kRows, N, kThreads>(p, token0, place.line, column0, shared_memory(), thread_index(), -1,
+                                              each);
+  } else {
+    each([&](int row, int column, float low, float high) {
+      store_product<T>(p, token0 + row, place.line, column0 + column, low, high);
+    });
   }
 }
 
