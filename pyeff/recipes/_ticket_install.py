@@ -41,6 +41,7 @@ def select(
     block: int | Sequence[int] = 32,
     *,
     scope: str = "global",
+    floor: float = 0.0,
     score: Callable[[str, Any], Tensor] | None = None,
     grow: bool = False,
     include: str | Sequence[str] | None = None,
@@ -53,7 +54,7 @@ def select(
         model (Module): as of :func:`prune`.
         density (float): the share of the elements that is to survive.
         block (int or (int, int)): (bo, bi), or one number for both; of layers that are pruned already, their own.
-        scope (str), include, exclude, stack: as of :func:`prune`.
+        scope (str), floor (float), include, exclude, stack: as of :func:`prune`.
         score (callable, optional): ``score(path, layer)`` gives what each element [out, in] is worth; a block is worth
             the mean. Default: the magnitude.
         grow (bool): blocks of a ticket that died may live again where ``score`` says so. Default: only living ones may
@@ -76,7 +77,7 @@ def select(
     select_module.densities(density, "one_shot", None)
     wanted = select_module.pair(block)
     layers = targets(model, include=include, exclude=exclude, stack=stack)
-    return rank(layers, density, wanted, scope, score, grow)
+    return rank(layers, density, wanted, scope, floor, score, grow)
 
 
 def rank(
@@ -84,6 +85,7 @@ def rank(
     density: float,
     block: tuple[int, int],
     scope: str,
+    floor: float = 0.0,
     score: Callable[[str, Any], Tensor] | None = None,
     grow: bool = False,
 ) -> dict[str, Ticket]:
@@ -96,7 +98,7 @@ def rank(
         sizes[name] = select_module.block_sizes(shape, blocks[name], scores[name].device)
         alive = isinstance(layer, TicketLinear) and not grow
         allowed[name] = layer.ticket.blocks() if alive else torch.ones_like(scores[name], dtype=torch.bool)
-    chosen = select_module.choose(scores, sizes, density, scope, allowed)
+    chosen = select_module.choose(scores, sizes, density, scope, allowed, floor)
     return {
         name: Ticket.from_blocks(alive, (layers[name].out_features, layers[name].in_features), blocks[name])
         for name, alive in chosen.items()

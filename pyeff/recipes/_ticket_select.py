@@ -14,7 +14,7 @@ from pyeff.plans import Ticket
 from pyeff.plans.ticket import _to_blocks
 
 SCHEDULES = ("imp", "cubic", "one_shot")
-SCOPES = ("global", "layer")
+SCOPES = ("global", "scaled", "layer")
 
 
 def densities(density: float, schedule: str, rounds: int | None) -> list[float]:
@@ -78,30 +78,45 @@ def choose(
     density: float,
     scope: str,
     allowed: Mapping[str, Tensor] | None = None,
+    floor: float = 0.0,
 ) -> dict[str, Tensor]:
     """The best units of some layers that make up ``density`` of their elements.
 
     Args:
-        scores (mapping): by layer, what each unit is worth, of any shape.
+        scores (mapping): by layer, what an element of each unit is worth, of any shape.
         sizes (mapping): by layer, how many elements each unit has, of the same shapes.
         density (float): of all elements.
-        scope (str): ``"global"`` ranks the units of all layers together, ``"layer"`` those of each by themselves.
+        scope (str): ``"global"`` ranks the units of all layers together, ``"scaled"`` too but over the mean worth of
+            what lives in their layer, ``"layer"`` those of each layer by themselves.
         allowed (mapping, optional): by layer, the units that may survive.
+        floor (float): the share of every layer's elements that survives in any case, its best.
 
     Returns:
         dict of Tensor: bool, of the same shapes, on the same devices.
 
     Raises:
-        ValueError: an unknown scope.
+        ValueError: an unknown scope, or ``floor`` is not from 0 to ``density``.
     """
     if scope not in SCOPES:
         raise ValueError(f"prune: scope is {scope!r}, expected one of {', '.join(map(repr, SCOPES))}")
-    allowed = allowed or {name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}
-    groups = [list(scores)] if scope == "global" else [[name] for name in scores]
+    if not isinstance(floor, (int, float)) or isinstance(floor, bool) or not 0 <= floor <= density:
+        raise ValueError(f"prune: floor is {floor!r}, expected a number from 0 to the density {density:g}")
+    flat = {}
+    for name, score in scores.items():
+        units = torch.ones_like(score, dtype=torch.bool) if allowed is None else allowed[name]
+        score, size, units = score.flatten().cpu(), sizes[name].flatten().cpu(), units.flatten().cpu()
+        if scope == "scaled":
+            mean = (score * size)[units].sum(dtype=torch.float64) / size[units].sum()
+            score = score / max(float(mean), torch.finfo(torch.float32).tiny) if bool(units.any()) else score
+        if floor:
+            best = _keep(score, size, units, budget=floor * float(size.sum(dtype=torch.float64)))
+            score = score.masked_fill(best, math.inf)
+        flat[name] = (score, size, units)
+    groups = [[name] for name in scores] if scope == "layer" else [list(scores)]
     chosen: dict[str, Tensor] = {}
     for names in groups:
-        flat = [torch.cat([table[name].flatten().cpu() for name in names]) for table in (scores, sizes, allowed)]
-        kept = _keep(*flat, budget=density * float(flat[1].sum(dtype=torch.float64)))
+        table = [torch.cat(parts) for parts in zip(*(flat[name] for name in names), strict=True)]
+        kept = _keep(*table, budget=density * float(table[1].sum(dtype=torch.float64)))
         for name, part in zip(names, kept.split([scores[name].numel() for name in names]), strict=True):
             chosen[name] = part.view(scores[name].shape).to(scores[name].device)
     return {name: chosen[name] for name in scores}
@@ -155,18 +170,19 @@ class Projection:
 
 @overload
 def project(
-    mask: Tensor, weight: Tensor, block: int | Sequence[int], *, density: float | None = None, scope: str = "global"
-) -> Projection: ...
+    mask: Tensor, weight: Tensor, block: int | Sequence[int], *, density: float | None = None, scope: str = "global",
+    floor: float = 0.0,
+) -> Projection: ...  # fmt: skip
 
 
 @overload
 def project(
     mask: Mapping[str, Tensor], weight: Mapping[str, Tensor], block: int | Sequence[int], *,
-    density: float | None = None, scope: str = "global",
+    density: float | None = None, scope: str = "global", floor: float = 0.0,
 ) -> dict[str, Projection]: ...  # fmt: skip
 
 
-def project(mask, weight, block, *, density=None, scope="global"):
+def project(mask, weight, block, *, density=None, scope="global", floor=0.0):
     """An unstructured ticket as one of blocks: those in which most magnitude survives, filled with the given weight.
 
     At 70% sparsity no 32 x 32 block of an unstructured ticket is empty, so that "any survivor" would keep all of them.
@@ -176,7 +192,9 @@ def project(mask, weight, block, *, density=None, scope="global"):
         weight (Tensor or mapping of Tensor): [out, in], the weights before pruning, of the same layers.
         block (int or (int, int)): (bo, bi), or one number for both.
         density (float, optional): the share of the elements that is kept. Default: that of the mask.
-        scope (str): ``"global"`` ranks the blocks of all layers together, ``"layer"`` those of each by themselves.
+        scope (str): ``"global"`` ranks the blocks of all layers together, ``"scaled"`` too but over the mean of their
+            layer, ``"layer"`` those of each by themselves.
+        floor (float): the share of every layer that survives in any case.
 
     Returns:
         Projection, or dict of Projection: the ticket, its values, and what of the magnitude was retained.
@@ -213,7 +231,7 @@ def project(mask, weight, block, *, density=None, scope="global"):
     scores = {name: block_means(magnitude[name] * m, block) for name, m in masks.items()}
     sizes = {name: block_sizes(m.shape, block, m.device) for name, m in masks.items()}
     found = {}
-    for name, blocks in choose(scores, sizes, density, scope).items():
+    for name, blocks in choose(scores, sizes, density, scope, floor=floor).items():
         ticket = Ticket.from_blocks(blocks, masks[name].shape, block)
         own, every = block_sums(magnitude[name] * masks[name], block), block_sums(magnitude[name], block)
         found[name] = Projection(

@@ -41,6 +41,7 @@ def prune(
     block: int | Sequence[int] = 32,
     method: str | None = None,
     scope: str = "global",
+    floor: float = 0.0,
     schedule: str | None = None,
     rounds: int | None = None,
     rewind: bool | Mapping[str, Tensor] = True,
@@ -69,7 +70,10 @@ def prune(
             block; ``"imp"`` that of elements as in the paper, and leaves torch's ``weight_orig`` and ``weight_mask``
             (:func:`blockify` makes blocks of them); ``"one_shot"`` blocks in a single round; ``"random"`` takes blocks
             at random, as a baseline. Default: ``"block_imp"``, and ``"one_shot"`` without ``train``.
-        scope (str): ``"global"`` ranks all layers together, as in the paper, ``"layer"`` each by itself.
+        scope (str): ``"global"`` ranks all layers together, as in the paper; ``"scaled"`` too, but by the magnitude over
+            the mean of what lives in its layer, since the mean of a block tells layers apart more than blocks and a
+            layer of small weights would vanish; ``"layer"`` each layer by itself.
+        floor (float): the share of every layer that survives in any case. Default: none.
         schedule (str, optional): ``"imp"`` takes the same share of the original weights each round, ``"cubic"`` much at
             first and little at the end, ``"one_shot"`` all at once. Default: as the method says.
         rounds (int, optional): how many. Default: as many as take a tenth of the weights each.
@@ -124,10 +128,10 @@ def prune(
         returned = train(model) if train is not None else None
         worth = _random(layers, sides, generator) if method == "random" else score
         if method == "imp":
-            mask(model, _elements(layers, share, scope, worth))
+            mask(model, _elements(layers, share, scope, floor, worth))
         else:
             fill = {name: origin[f"{name}.weight"] for name in layers} if origin else {}
-            install(model, rank(layers, share, sides, scope, worth), weights=fill, rewind=bool(origin))
+            install(model, rank(layers, share, sides, scope, floor, worth), weights=fill, rewind=bool(origin))
             layers = {name: model.get_submodule(name) for name in layers}  # type: ignore[misc]
         if origin:
             _rewind(model, origin, set(layers))
@@ -143,6 +147,7 @@ def blockify(
     *,
     density: float | None = None,
     scope: str = "global",
+    floor: float = 0.0,
 ) -> Pruning:
     """Puts tickets of blocks in the place of masks of elements: :func:`project` for a whole model.
 
@@ -151,7 +156,7 @@ def blockify(
             it; changed in place. Kept blocks are filled from ``weight_orig``, also where the mask was False.
         block (int or (int, int)): (bo, bi), or one number for both.
         density (float, optional): the share of the elements that is kept. Default: that of the masks.
-        scope (str): ``"global"`` or ``"layer"``, as of :func:`project`.
+        scope (str), floor (float): as of :func:`project`.
 
     Returns:
         Pruning: its ``method`` is ``"projection"``.
@@ -170,7 +175,7 @@ def blockify(
     found = masks(model)
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in found}
     originals = {name: layer.weight_orig.detach().clone() for name, layer in layers.items()}
-    projected = project(found, originals, block, density=density, scope=scope)
+    projected = project(found, originals, block, density=density, scope=scope, floor=floor)
     install(model, {name: p.ticket for name, p in projected.items()}, weights=originals)
     now: dict[str, Any] = {name: model.get_submodule(name) for name in found}
     return describe("projection", now, originals, [])
@@ -188,7 +193,11 @@ def _check_layers(layers: Mapping[str, Prunable], method: str, block: tuple[int,
 
 
 def _elements(
-    layers: Mapping[str, Prunable], density: float, scope: str, score: Callable[[str, Any], Tensor] | None
+    layers: Mapping[str, Prunable],
+    density: float,
+    scope: str,
+    floor: float,
+    score: Callable[[str, Any], Tensor] | None,
 ) -> dict[str, Tensor]:
     """Masks of the elements that survive one more round."""
     scores = {name: element_scores(score, name, layer) for name, layer in layers.items()}
@@ -197,7 +206,7 @@ def _elements(
         name: getattr(layer, "weight_mask", sizes[name]) != 0  # a uint8 table of ones where there is no mask yet
         for name, layer in layers.items()
     }
-    return selection.choose(scores, sizes, density, scope, allowed)
+    return selection.choose(scores, sizes, density, scope, allowed, floor)
 
 
 def _random(
