@@ -204,20 +204,15 @@ def test_no_part_of_an_index_leads_outside(cpu_kernels, part, value):
 
 
 def test_an_index_of_noise(on_cpu):
-    """Any numbers of the right length: an error, or the result of the ticket that they happen to be."""
+    """Any numbers of the right length. That they are a ticket's is as good as impossible."""
     ticket = make_ticket((40, 56), 16)
     values = torch.ones(ticket.nnz, 16, 16)
     generator = torch.Generator().manual_seed(0)
-    refused = 0
     for limit in (2, 3, 5, 2**31 - 1):
         for _ in range(20):
             index = torch.randint(-limit, limit, ticket.index.shape, generator=generator, dtype=torch.int32)
-            try:
+            with pytest.raises((ValueError, RuntimeError), match="index"):
                 torch.ops.pyeff.ticket_linear(torch.ones(5, 56), values, index, 40, backend=on_cpu)
-            except (ValueError, RuntimeError) as error:
-                assert "index" in str(error)
-                refused += 1
-    assert refused > 75
 
 
 def test_mixed_precision_without_autocast_raises(native):

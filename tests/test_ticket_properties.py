@@ -97,8 +97,7 @@ def test_the_dense_layer(native, call):
 @given(call=calls(dtypes=WIDE, traps=False))
 def test_blocks_may_be_cut_smaller(native, call):
     """The same weight in blocks of one row each."""
-    bo, bi = call.ticket.block
-    finer = Ticket.from_mask(call.ticket.mask(), (1, bi))
+    finer = Ticket.from_mask(call.ticket.mask(), (1, call.ticket.block[1]))
     dense = call.ticket.scatter(call.tensors["values"])
     found = TicketCall({**call.tensors, "values": finer.gather(dense)}, finer, call.activation)()
     assert close(call, found, call())
