@@ -43,8 +43,7 @@ TicketProductParams ticket_params(const TicketProblem& p, const void* rows, int6
   params.across = static_cast<int>(Transposed ? p.width : p.out);
   params.depth = static_cast<int>(Transposed ? p.block_out : p.block_in);
   params.columns = static_cast<int>(Transposed ? p.block_in : p.block_out);
-  params.whole = params.depth % kChunk<T> == 0;
-  params.rows_aligned = params.whole && aligned_to(rows, 16) && stride * size % 16 == 0;
+  params.rows_aligned = params.depth % kChunk<T> == 0 && aligned_to(rows, 16) && stride * size % 16 == 0;
   params.values_aligned = p.block_in % kChunk<T> == 0 && aligned_to(p.values, 16);
   return params;
 }
@@ -92,8 +91,6 @@ bool run_ticket_vector(const TicketProductParams& p, Launches& launches) {
 template <class T, bool Transposed>
 void run_ticket_product(TicketProductParams p, const Machine& machine, Launches& launches) {
   const int64_t size = sizeof(T);
-  p.pairs =
-      p.across % 2 == 0 && p.columns % 2 == 0 && aligned_to(p.to, 4) && aligned_to(p.kept, 4) && aligned_to(p.bias, 4);
   p.to_aligned =
       p.across * size % 16 == 0 && p.columns * size % 16 == 0 && aligned_to(p.to, 16) && aligned_to(p.kept, 16);
   if (run_ticket_vector<T, Transposed>(p, launches)) return;

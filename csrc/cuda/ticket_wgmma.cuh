@@ -65,17 +65,18 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
           }
         });
     wgmma_pin(sums);
-    store_staged<T, Tile::kRows, N, kThreads>(p, token0, place.line, column0, shared_memory(), thread_index(), -1,
-                                              [&](const auto& put) {
-                                                PYEFF_UNROLL
-                                                for (int i = 0; i < 2; ++i) {
-                                                  PYEFF_UNROLL
-                                                  for (int j = 0; j < N / 8; ++j) {
-                                                    put(warp() * 16 + i * 8 + lane() / 4, j * 8 + 2 * (lane() % 4),
-                                                        sums[j * 4 + i * 2], sums[j * 4 + i * 2 + 1]);
-                                                  }
-                                                }
-                                              });
+    const TicketStaged<N> staged{reinterpret_cast<float*>(shared_memory())};
+    barrier();
+    PYEFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      PYEFF_UNROLL
+      for (int j = 0; j < N / 8; ++j) {
+        const float* pair = sums + j * 4 + i * 2;
+        staged.put(warp() * 16 + i * 8 + lane() / 4, j * 8 + 2 * (lane() % 4), pair[0], pair[1]);
+      }
+    }
+    barrier();
+    staged.template store<T>(p, Tile::kRows, token0, place.line, column0, thread_index(), kThreads);
   } else {
     trap();
   }
