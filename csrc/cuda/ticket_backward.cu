@@ -124,7 +124,7 @@ const char* ticket_backward(const TicketProblem& p, const TicketBackward& b, voi
                                   p.activation, false};
       params.pairs = p.out % 2 == 0 && b.grad_stride % 2 == 0 && aligned_to(b.grad, 4) && aligned_to(b.saved, 4);
       launches.run("ticket_gradient", ticket_gradient<T>, {div_up(p.out, int64_t{kGradientColumns}), local.splits},
-                   kThreads, kThreads / kWarp * kGradientColumns * static_cast<int>(sizeof(float)), params);
+                   kThreads, kGradientShared, params);
       if (b.dbias) sum_parts<T>(launches, local.bias, b.dbias, p.out, local.splits);
     }
     if (b.dx) {

@@ -192,6 +192,7 @@ struct TicketGradientParams {
 
 // Columns that a block has, two a lane.
 constexpr int kGradientColumns = 2 * kWarp;
+constexpr int kGradientShared = kThreads / kWarp * kGradientColumns * static_cast<int>(sizeof(float));
 
 // The gradient before the activation, and its sums over tokens: a warp for every eighth token of the part.
 template <class T>
