@@ -21,6 +21,8 @@ struct TicketLine {
   int64_t first = 0;
   int count = 0;
 
+  TicketLine() = default;
+
   // Whatever the index holds, the entries are there, and no more than a line can have.
   PYEFF_DEVICE TicketLine(const TicketSide& side, int line) {
     int64_t begin = load(side.start + line), end = load(side.start + line + 1);
