@@ -58,14 +58,14 @@ class TicketResidentGroup {
  public:
   using Sizes = TicketResident<N>;
 
-  PYEFF_DEVICE TicketResidentGroup(const TicketProductParams& p, int64_t token0)
+  PYEFF_DEVICE TicketResidentGroup(const TicketProductParams& p, int64_t token0, int own)
       : p_(p),
         token0_(token0),
         rows_(shared_memory()),
-        ring_(rows_ + Sizes::panels(p.width) * Sizes::kPanel + warp() / 4 * Sizes::kRing),
+        own_(own),
+        ring_(rows_ + Sizes::panels(p.width) * Sizes::kPanel + own * Sizes::kRing),
         places_(rows_ + Sizes::panels(p.width) * Sizes::kPanel + block_size() / kWarpgroup * Sizes::kRing +
-                warp() / 4 * Sizes::kPlaces),
-        own_(warp() / 4),
+                own * Sizes::kPlaces),
         thread_(thread_index() % kWarpgroup) {}
 
   PYEFF_DEVICE void run(int first, int step) {
@@ -189,8 +189,10 @@ class TicketResidentGroup {
 
   const TicketProductParams& p_;
   const int64_t token0_;
-  char *const rows_, *const ring_, *const places_;
-  const int own_, thread_;
+  char* const rows_;
+  const int own_;
+  char *const ring_, *const places_;
+  const int thread_;
   float sums_[2][N / 2] = {};
 };
 
@@ -219,8 +221,8 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(TicketResident<N>::kThreads, 1)
     copy_async_wait<0>();
     async_proxy_fence();
     barrier();
-    const int groups = block_size() / kWarpgroup, own = warp() / 4;
-    TicketResidentGroup<T, Transposed, N>(p, token0).run(block_index_y() * groups + own, grid_size_y() * groups);
+    const int groups = block_size() / kWarpgroup, own = shuffle(warp() / 4, 0);
+    TicketResidentGroup<T, Transposed, N>(p, token0, own).run(block_index_y() * groups + own, grid_size_y() * groups);
   } else {
     trap();
   }

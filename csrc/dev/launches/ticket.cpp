@@ -16,6 +16,17 @@ void tiles(const char* type) {
   line(kThreads, TicketOuterTile<T, N>::kShared, 0, matrix, "ticket_outer<%s, %d>", type, N);
 }
 
+// With the rows that take the most shared memory.
+template <int N>
+void resident() {
+  int most = 0;
+  for (int64_t width = 64; TicketResident<N>::groups(width, kSharedHopper) >= 2; width += 64) {
+    const int shared = TicketResident<N>::shared(width, TicketResident<N>::groups(width, kSharedHopper));
+    most = shared > most ? shared : most;
+  }
+  line(TicketResident<N>::kThreads, most, kWgmmaArch, "wgmma", "ticket_resident<*, %d>", N);
+}
+
 }  // namespace
 
 int main() {
@@ -29,6 +40,8 @@ int main() {
   line("ticket_product_wgmma<*, 128>", kThreads, TicketWgmmaTile<128>::kShared, kWgmmaArch, "wgmma");
   line("ticket_outer_wgmma<*, 64>", kThreads, TicketOuterWgmmaTile<64>::kShared, kWgmmaArch, "wgmma");
   line("ticket_outer_wgmma<*, 128>", kThreads, TicketOuterWgmmaTile<128>::kShared, kWgmmaArch, "wgmma");
+  resident<16>();
+  resident<32>();
   line("ticket_vector<*", kThreads, TicketVector::kShared);
   line("ticket_sum<*", kThreads, 0);
   line("ticket_gradient<*", kThreads, kGradientShared);
