@@ -8,7 +8,7 @@ repeat it and are not stored. Offsets of rows and of stored blocks are int64. So
 import triton
 import triton.language as tl
 
-from ._ticket_tile import activate, dot, locate
+from ._ticket_tile import activate, dot, entry_of, locate, look_up
 
 
 @triton.jit(do_not_specialize=["tokens", "groups", "start_at", "other_at", "slot_at", "order_at"])
@@ -42,6 +42,7 @@ def multiply(
     local = tl.arange(0, BLOCK_N)
     live = local < tokens - tile
     local = tl.minimum(local, tokens - 1 - tile)
+    # A tile's start is a 64-bit scalar, so that its numbers' offsets, of which there are many, need 32 bits only.
     rows = x + tile.to(tl.int64) * x_stride + (local.to(tl.int64) * x_stride)[:, None]
     m = at % parts * BLOCK_M + tl.arange(0, BLOCK_M)
     own_step: tl.constexpr = 1 if COLUMNS else OTHER
@@ -49,15 +50,15 @@ def multiply(
     k = tl.arange(0, BLOCK_K)
     joined: tl.constexpr = BLOCK_K // PIECE if BLOCK_K > PIECE else 1
     steps: tl.constexpr = PIECE // BLOCK_K if PIECE > BLOCK_K else 1
+    entry, within = entry_of(0, begin, k, PIECE, BLOCK_K)
+    other, slot = look_up(index, entry, end, other_at, slot_at, COLUMNS)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(0, tl.cdiv(end - begin, joined) * steps):
-        if joined > 1:
-            entry = begin + step * joined + k // PIECE
-            within = k % PIECE
-        else:
-            entry = begin + step // steps
-            within = step % steps * BLOCK_K + k
-        place, stored, inside = locate(index, entry, end, within, other_at, slot_at, COLUMNS, OWN, OTHER, RUN, joined)
+        place, stored = locate(other, slot, within, COLUMNS, OWN, OTHER, RUN)
+        inside = (entry < end) & (within < OTHER)
+        # The next step's index is looked up a step ahead, so that the loads below wait for none.
+        entry, within = entry_of(step + 1, begin, k, PIECE, BLOCK_K)
+        other, slot = look_up(index, entry, end, other_at, slot_at, COLUMNS)
         if EVEN:
             left = tl.load(rows + place[None, :])
             right = tl.load(weights + stored[:, None])
@@ -71,11 +72,12 @@ def multiply(
     exists = (m < OWN) & (column < out)
     if bias is not None:
         acc += tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-    to = tile.to(tl.int64) * out + (local.to(tl.int64) * out)[:, None] + column[None, :]
+    start = tile.to(tl.int64) * out
+    to = (local * out)[:, None] + column[None, :]
     mask = live[:, None] & exists[None, :]
     if z is not None:
-        tl.store(z + to, acc.to(z.dtype.element_ty), mask=mask)
-    tl.store(y + to, activate(acc, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+        tl.store(z + start + to, acc.to(z.dtype.element_ty), mask=mask)
+    tl.store(y + start + to, activate(acc, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "groups", "start_at", "other_at", "slot_at", "order_at"])
@@ -104,16 +106,16 @@ def multiply_few(
     k = tl.arange(0, BLOCK_STEP)
     joined: tl.constexpr = BLOCK_STEP // PIECE if BLOCK_STEP > PIECE else 1
     steps: tl.constexpr = PIECE // BLOCK_STEP if PIECE > BLOCK_STEP else 1
+    entry, within = entry_of(0, begin, k, PIECE, BLOCK_STEP)
+    other, slot = look_up(index, entry, end, other_at, slot_at, COLUMNS)
     acc0 = tl.zeros([BLOCK_M, BLOCK_STEP], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     for step in range(0, tl.cdiv(end - begin, joined) * steps):
-        if joined > 1:
-            entry = begin + step * joined + k // PIECE
-            within = k % PIECE
-        else:
-            entry = begin + step // steps
-            within = step % steps * BLOCK_STEP + k
-        place, stored, inside = locate(index, entry, end, within, other_at, slot_at, COLUMNS, OWN, OTHER, RUN, joined)
+        place, stored = locate(other, slot, within, COLUMNS, OWN, OTHER, RUN)
+        inside = (entry < end) & (within < OTHER)
+        # The next step's index is looked up a step ahead, so that the loads below wait for none.
+        entry, within = entry_of(step + 1, begin, k, PIECE, BLOCK_STEP)
+        other, slot = look_up(index, entry, end, other_at, slot_at, COLUMNS)
         if not WHOLE:
             inside = inside & (place < width)
         weight = tl.load(weights + stored[None, :], mask=(m < OWN)[:, None] & inside[None, :], other=0.0).to(tl.float32)
