@@ -104,7 +104,7 @@ class Call:
         rows, columns = cdiv(out, bo), cdiv(width, bi)
         if index.numel() >= 1 << 31 or max(out, width) >= 1 << 23:
             raise ValueError(
-                f"a weight [{out}, {width}] with {nnz} blocks, the Triton kernels address 2^23 columns and 2^31 positions"
+                f"a weight [{out}, {width}] with {nnz} blocks, the Triton kernels address 2^23 columns, 2^31 positions"
             )
         second = rows + 1 + nnz
         slot = second + columns + 1 + nnz

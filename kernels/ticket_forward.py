@@ -53,7 +53,7 @@ def multiply(
     entry, within = entry_of(0, begin, k, PIECE, BLOCK_K)
     other, slot = look_up(index, entry, end, other_at, slot_at, COLUMNS)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in range(0, tl.cdiv(end - begin, joined) * steps):
+    for step in range(tl.cdiv(end - begin, joined) * steps):
         place, stored = locate(other, slot, within, COLUMNS, OWN, OTHER, RUN)
         inside = (entry < end) & (within < OTHER)
         # The next step's index is looked up a step ahead, so that the loads below wait for none.
@@ -110,7 +110,7 @@ def multiply_few(
     other, slot = look_up(index, entry, end, other_at, slot_at, COLUMNS)
     acc0 = tl.zeros([BLOCK_M, BLOCK_STEP], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
-    for step in range(0, tl.cdiv(end - begin, joined) * steps):
+    for step in range(tl.cdiv(end - begin, joined) * steps):
         place, stored = locate(other, slot, within, COLUMNS, OWN, OTHER, RUN)
         inside = (entry < end) & (within < OTHER)
         # The next step's index is looked up a step ahead, so that the loads below wait for none.
