@@ -13,7 +13,7 @@ NONE, RELU, GELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _ROOT_TWO_PI = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
-__all__ = ["GELU", "NONE", "RELU", "activate", "dot", "entry_of", "locate", "look_up", "slope"]
+__all__ = ["GELU", "NONE", "RELU", "activate", "dot", "entry_of", "group_of", "locate", "look_up", "slope"]
 
 
 @triton.jit
@@ -34,7 +34,21 @@ def entry_of(step, begin, k, PIECE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def look_up(index, entry, end, other_at, slot_at, COLUMNS: tl.constexpr):
+def group_of(index, at, groups, blocks, start_at, order_at):
+    """The group whose turn it is, and its entries: (group, first, end).
+
+    Nobody has looked into an index on the device. What is out of range is taken for the nearest that is not, here and
+    in ``look_up``, so that no index leads out of the tensors.
+    """
+    group = tl.load(index + order_at + at)
+    group = tl.minimum(tl.maximum(group, 0), groups - 1)
+    begin = tl.minimum(tl.maximum(tl.load(index + start_at + group), 0), blocks)
+    end = tl.minimum(tl.maximum(tl.load(index + start_at + group + 1), 0), blocks)
+    return group, begin, end
+
+
+@triton.jit
+def look_up(index, entry, end, others, blocks, other_at, slot_at, COLUMNS: tl.constexpr):
     """The other coordinate of entries, and where they are stored; 0 for those from ``end`` on.
 
     ``index`` is that of the ticket: at ``other_at`` the other coordinates, at ``slot_at`` the stored blocks of COLUMNS.
@@ -42,9 +56,11 @@ def look_up(index, entry, end, other_at, slot_at, COLUMNS: tl.constexpr):
     """
     exists = entry < end
     other = tl.load(index + other_at + entry, mask=exists, other=0)
+    other = tl.minimum(tl.maximum(other, 0), others - 1)
     slot = entry
     if COLUMNS:
         slot = tl.load(index + slot_at + entry, mask=exists, other=0)
+        slot = tl.minimum(tl.maximum(slot, 0), blocks - 1)
     return other, slot
 
 

@@ -75,7 +75,12 @@ class Side(NamedTuple):
     other: int
     groups: int
     others: int  # groups of the other side: no group has more blocks
+    blocks: int
     places: tuple[int, int, int, int]  # start, other coordinate, slot, order
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return self.groups, self.others, self.blocks
 
     def constants(self, step: int, itemsize: int, width: int) -> dict[str, Any]:
         """How a step of ``step`` numbers of the other side, which is ``width`` wide, meets the blocks."""
@@ -109,8 +114,8 @@ class Call:
         second = rows + 1 + nnz
         slot = second + columns + 1 + nnz
         order = slot + nnz
-        self.rows = Side(False, bo, bi, rows, columns, (0, rows + 1, slot, order))
-        self.columns = Side(True, bi, bo, columns, rows, (second, second + columns + 1, slot, order + rows))
+        self.rows = Side(False, bo, bi, rows, columns, nnz, (0, rows + 1, slot, order))
+        self.columns = Side(True, bi, bo, columns, rows, nnz, (second, second + columns + 1, slot, order + rows))
         self.machine = _launch.machine(values.device)
         self.itemsize = values.element_size()
 
@@ -154,7 +159,7 @@ class Call:
             constants["EVEN"] = constants["WHOLE"] and step <= piece == side.other and side.own % height == 0
         launch(
             kernel, (side.groups * cdiv(side.own, height) * cdiv(tokens, rows),), config, x, self.values, self.index,
-            bias, y, z, tokens, side.groups, *side.places, x.stride(0), width, out, **constants,
+            bias, y, z, tokens, *side.counts, *side.places, x.stride(0), width, out, **constants,
         )  # fmt: skip
 
     def derive(
@@ -192,12 +197,12 @@ class Call:
         side = self.rows if self.rows.others >= self.columns.others else self.columns
         own, other = (x, g) if side.columns else (g, x)
         (config,) = self.tall("ticket_outer", side, self.regular(side, own, other))
-        blocks, tokens, nnz = config.blocks, g.shape[0], self.values.shape[0]
+        blocks, tokens = config.blocks, g.shape[0]
         constants = side.constants(blocks["BLOCK_N"], self.itemsize, other.shape[1])
         joined = max(blocks["BLOCK_N"] // constants["PIECE"], 1)
         programs = side.groups * cdiv(side.own, blocks["BLOCK_M"]) * max(constants["PIECE"] // blocks["BLOCK_N"], 1)
         # How many strips there are is on the device: what an even distribution of the blocks would make.
-        living = programs * cdiv(cdiv(nnz, side.groups), joined)
+        living = programs * cdiv(cdiv(side.blocks, side.groups), joined)
         limit = max(_launch.SCRATCH_LIMIT // (4 * dvalues.numel()), 1)
         parts, each = self.cut(tokens, blocks["BLOCK_K"], living, _PART_TOKENS)
         if parts > limit:
@@ -205,7 +210,7 @@ class Call:
         to = dvalues if parts == 1 else dvalues.new_empty(parts, *dvalues.shape, dtype=torch.float32)
         launch(
             ticket_backward.outer_blocks, (programs * cdiv(side.others, joined), parts), config, own, other,
-            self.index, to, tokens, each, dvalues.numel(), side.groups, *side.places, own.stride(0), other.stride(0),
+            self.index, to, tokens, each, dvalues.numel(), *side.counts, *side.places, own.stride(0), other.stride(0),
             own.shape[1], other.shape[1], **constants,
         )  # fmt: skip
         if parts > 1:

@@ -16,6 +16,7 @@ import torch
 
 from pyeff import Ticket, backends
 from pyeff.ops import _ticket_kernels
+from tests import helpers
 from tests.ticket_calls import ACTIVATIONS, check_call, make_call, make_ticket, random_grad
 
 DEVICE = "cpu" if backends.EMULATED else "cuda"
@@ -184,17 +185,11 @@ def test_only_what_is_wanted(kernels, activation):
     """Each gradient alone is bit for bit what it is among all of them, and the output what it is without."""
     call = make_call((40, 56), 8, lead=(19,), dtype=torch.float32, activation=activation)
     grad_out, function = random_grad(call), Guarded(kernels)
-    every = gradients(call, call.tensors, grad_out, function)
+    every = helpers.gradients(call, call.tensors, grad_out, function)
     for name in call.tensors:
-        assert torch.equal(gradients(call, [name], grad_out, function)[name], every[name]), name
+        assert torch.equal(helpers.gradients(call, [name], grad_out, function)[name], every[name]), name
     with torch.no_grad():
         assert torch.equal(call(function), every["out"])
-
-
-def gradients(call, names, grad_out, function):
-    from tests import helpers
-
-    return helpers.gradients(call, names, grad_out, function)
 
 
 @dtypes
@@ -202,7 +197,7 @@ def gradients(call, names, grad_out, function):
 def test_repeats_are_bitwise_equal(kernels, tokens, dtype):
     call = make_call((48, 64), 16, lead=(tokens,), dtype=dtype, activation="gelu")
     grad_out = random_grad(call)
-    first, again = (gradients(call, call.tensors, grad_out, Guarded(kernels)) for _ in range(2))
+    first, again = (helpers.gradients(call, call.tensors, grad_out, Guarded(kernels)) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], again[name]), name
 
@@ -221,6 +216,23 @@ def test_not_a_number_stays_where_it_is(kernels, dtype):
         others = torch.arange(tokens) != 4
         assert torch.equal(found[others], clean[others])
         assert found[4].isnan().any()
+
+
+@pytest.mark.parametrize("wrong", [-1, 7, -(1 << 31), (1 << 31) - 1])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_no_index_leads_out_of_the_tensors(kernels, wrong):
+    """Nobody has looked into an index on the device: a wrong one gives any numbers, and touches nothing else."""
+    for tokens in (3, 20):
+        call = make_call((40, 56), 8, 0.4, lead=(tokens,), dtype=torch.float32, activation="gelu")
+        for part in range(7):
+            index = call.ticket.index.clone()
+            index[part::7] = wrong
+            ticket = SimpleNamespace(index=index, shape=call.ticket.shape)
+            x, values, bias = (call.tensors[name].detach().requires_grad_() for name in ("x", "values", "bias"))
+            y = Guarded(kernels)(x, values, ticket, bias, activation="gelu")
+            y.sum().backward()
+            if tokens == 20:
+                break
 
 
 def test_no_block_is_alive(kernels):
