@@ -216,8 +216,15 @@ def to_dense(model: nn.Module) -> nn.Module:
     from pyeff.recipes._ticket_qkv import split_qkv
 
     if isinstance(model, TicketLinear):
-        return model.to_linear()
+        return dense_layer(model)
     split_qkv(model)
     for module in [m for m in model.modules() if isinstance(m, TicketLinear)]:
-        replace(model, module, module.to_linear())
+        replace(model, module, dense_layer(module))
     return model
+
+
+def dense_layer(layer: TicketLinear) -> nn.Module:
+    """A linear layer that computes what the ticket does, with its activation behind it if there is one."""
+    if layer.activation is None:
+        return layer.to_linear()
+    return nn.Sequential(layer.to_linear(), nn.ReLU() if layer.activation == "relu" else nn.GELU())

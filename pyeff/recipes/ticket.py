@@ -18,17 +18,20 @@ from torch import Tensor, nn
 
 from pyeff.nn import TicketLinear
 from pyeff.recipes import _ticket_select as selection
+from pyeff.recipes._ticket_files import dense_state_dict, load, save
 from pyeff.recipes._ticket_install import install, rank, select, tickets, to_dense
 from pyeff.recipes._ticket_masks import load_masked, mask, masks
 from pyeff.recipes._ticket_qkv import fuse_qkv, split_qkv
 from pyeff.recipes._ticket_regroup import Regrouping, regroup
 from pyeff.recipes._ticket_report import Pruning, describe
 from pyeff.recipes._ticket_select import Projection, project
+from pyeff.recipes._ticket_sparsify import Sparsification, sparsify
 from pyeff.recipes._ticket_targets import Prunable, backbone, dense_weight, element_scores, targets
 
 __all__ = [
-    "Projection", "Pruning", "Regrouping", "blockify", "fuse_qkv", "install", "load_masked", "mask", "masks", "project",
-    "prune", "regroup", "select", "split_qkv", "targets", "tickets", "to_dense",
+    "Projection", "Pruning", "Regrouping", "Sparsification", "blockify", "dense_state_dict", "fuse_qkv", "install",
+    "load", "load_masked", "mask", "masks", "project", "prune", "regroup", "save", "select", "sparsify", "split_qkv",
+    "targets", "tickets", "to_dense",
 ]  # fmt: skip
 
 METHODS = ("block_imp", "imp", "one_shot", "random")
