@@ -21,7 +21,8 @@ _VERSION = 1
 
 def _parts(model: nn.Module) -> tuple[dict[str, TicketLinear], dict[str, str]]:
     """Every ticket by the path that it has when nothing is fused, and the fused attentions with their layer's path."""
-    layers, fused = {}, {}
+    layers: dict[str, TicketLinear] = {}
+    fused: dict[str, str] = {}
     for path, module in model.named_modules():
         parts = {name: m for name, m in module.named_children() if isinstance(m, Projection)}
         if parts:
@@ -95,8 +96,10 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     config: dict[str, Any] = {"recipe": "ticket", "version": _VERSION, "fused": sorted(fused), "layers": {}}
     for name, layer in layers.items():
         config["layers"][name] = {
-            "shape": [layer.out_features, layer.in_features], "block": list(layer.block), "activation": layer.activation,
-        }  # fmt: skip
+            "shape": [layer.out_features, layer.in_features],
+            "block": list(layer.block),
+            "activation": layer.activation,
+        }
         state |= {f"{name}.{key}": t for key, t in layer.state_dict().items()}
     _files.save(path, state, config)
 
@@ -178,4 +181,5 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], found: Mapping[str, Ti
     modules = dict(model.named_modules())
     for name in found:
         if name in modules and not isinstance(modules[name], nn.Linear | TicketLinear | Projection):
-            raise ValueError(f"{where} does not fit: {name} is a {type(modules[name]).__name__}, expected a linear layer")
+            came = type(modules[name]).__name__
+            raise ValueError(f"{where} does not fit: {name} is a {came}, expected a linear layer")

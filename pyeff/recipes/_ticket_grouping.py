@@ -1,9 +1,9 @@
 """Units put into groups of one size, so that what is worth much shares blocks.
 
-A unit (a neuron, a head) has a profile: what it adds to each block in which it would take part. The worth of a block is
-the sum over its units, and the best share of all blocks is kept. With M the kept blocks of each group as zeros and ones,
-what is retained is ``sum_groups sum_units profile . M``: so we choose M for the groups at hand, then move units to where
-they gain most, and so on. Neither step loses anything, and it ends where nothing gains.
+A unit (a neuron, a head) has a profile: what it adds to each block in which it would take part. The worth of a block
+is the sum over its units, and the best share of all blocks is kept. With M the kept blocks of each group as zeros and
+ones, what is retained is ``sum_groups sum_units profile . M``: so we choose M for the groups at hand, then move units
+to where they gain most, and so on. Neither step loses anything, and it ends where nothing gains.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def load_masked(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     mask(model, found)
     model.load_state_dict(dict(state_dict))
     for name in found:  # `weight` is otherwise computed anew by the next call
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         module.weight = module.weight_orig * module.weight_mask
 
 

@@ -97,7 +97,9 @@ def regroup(model: nn.Module, block: int | Sequence[int] = 32, *, density: float
     bo, bi = pair(block)
     if density is not None:
         densities(density, "one_shot", None)
-    orders, gains, found = {}, {}, False
+    orders: dict[str, Tensor] = {}
+    gains: dict[str, tuple[float, float]] = {}
+    found = False
     for units in _units(model, bo, bi):
         found = True
         profile = _profile(units, bo, bi)
@@ -123,8 +125,8 @@ def regroup(model: nn.Module, block: int | Sequence[int] = 32, *, density: float
             _move(layer, order, 1)
     if not found:
         raise ValueError(
-            f"regroup: nothing in the {type(model).__name__} has hidden units that fill blocks of {bo} x {bi}, expected "
-            "feed-forward layers or attentions of known names, of linear layers"
+            f"regroup: nothing in the {type(model).__name__} has hidden units that fill blocks of {bo} x {bi}, "
+            "expected feed-forward layers or attentions of known names, of linear layers"
         )
     return Regrouping(orders, gains)
 

@@ -78,7 +78,7 @@ class Sparsification:
         ``bytes`` are weights with index; ``training_bytes`` weights, gradients and two moments of Adam.
         """
         rows = list(self.layers.values())
-        mine = [(row.ticket, row.ticket_bytes) if row.chosen == "ticket" else (row.dense, row.dense_bytes) for row in rows]
+        mine = [(r.ticket, r.ticket_bytes) if r.chosen == "ticket" else (r.dense, r.dense_bytes) for r in rows]
         elements = [row.shape[0] * row.shape[1] for row in rows]
         left = [n * (row.density if row.chosen == "ticket" else 1.0) for n, row in zip(elements, rows, strict=True)]
         out: dict[str, float] = {"density": sum(left) / sum(elements)}
@@ -101,7 +101,8 @@ class Sparsification:
 
     def table(self) -> Table:
         """A rich table, one row a layer; needs the package rich."""
-        names = ("layer", "density", "magnitude", "tokens", "forward", "dense", "step", "dense", "MiB", "dense", "is now")
+        beside = ("forward", "dense", "step", "dense", "MiB", "dense")
+        names = ("layer", "density", "magnitude", "tokens", *beside, "is now")
         rows = [
             (name, percent(row.density), percent(row.retained), str(row.tokens), *_pairs(row.ticket, row.dense),
              *_sizes(row.ticket_bytes, row.dense_bytes), row.chosen)

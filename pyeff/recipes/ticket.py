@@ -74,9 +74,9 @@ def prune(
             block; ``"imp"`` that of elements as in the paper, and leaves torch's ``weight_orig`` and ``weight_mask``
             (:func:`blockify` makes blocks of them); ``"one_shot"`` blocks in a single round; ``"random"`` takes blocks
             at random, as a baseline. Default: ``"block_imp"``, and ``"one_shot"`` without ``train``.
-        scope (str): ``"global"`` ranks all layers together, as in the paper; ``"scaled"`` too, but by the magnitude over
-            the mean of what lives in its layer, since the mean of a block tells layers apart more than blocks and a
-            layer of small weights would vanish; ``"layer"`` each layer by itself.
+        scope (str): ``"global"`` ranks all layers together, as in the paper; ``"scaled"`` too, but by the magnitude
+            over the mean of what lives in its layer, since the mean of a block tells layers apart more than blocks, and
+            a layer of small weights would vanish; ``"layer"`` each layer by itself.
         floor (float): the share of every layer that survives in any case. Default: none.
         schedule (str, optional): ``"imp"`` takes the same share of the original weights each round, ``"cubic"`` much at
             first and little at the end, ``"one_shot"`` all at once. Default: as the method says.
@@ -257,5 +257,3 @@ def _rewind(model: nn.Module, origin: Mapping[str, Tensor], pruned: set[str]) ->
             if t is not None and source is not None and not done:
                 t.copy_(source)
                 t.grad = None
-
-
