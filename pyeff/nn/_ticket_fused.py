@@ -27,7 +27,7 @@ def stack(layers: Sequence[TicketLinear]) -> TicketLinear:
 
     Example:
         >>> import torch, pyeff
-    >>> from pyeff.nn._ticket_fused import stack, unstack
+        >>> from pyeff.nn._ticket_fused import stack, unstack
         >>> full = torch.ones(16, 32, dtype=torch.bool)
         >>> layers = [pyeff.nn.TicketLinear(pyeff.Ticket.from_mask(full, block=8)) for _ in range(3)]
         >>> stack(layers)(torch.randn(2, 32)).shape
@@ -70,7 +70,7 @@ def unstack(layer: TicketLinear, sizes: Sequence[int]) -> list[TicketLinear]:
 
     Example:
         >>> import torch, pyeff
-    >>> from pyeff.nn._ticket_fused import stack, unstack
+        >>> from pyeff.nn._ticket_fused import stack, unstack
         >>> layer = pyeff.nn.TicketLinear(pyeff.Ticket.from_mask(torch.ones(48, 32, dtype=torch.bool), block=8))
         >>> [part.out_features for part in unstack(layer, [16, 32])]
         [16, 32]
