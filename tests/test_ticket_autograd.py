@@ -268,7 +268,9 @@ def test_opcheck_forward(native_kernels, activation, trains):
         call = make_call(lead=(2, 3), activation=activation, traps=False, x_strides=strides)
         arguments, _ = public_arguments(call.require_grad(["x", "values", "bias"] if trains else ()))
         keep = trains and activation == "gelu"
-        torch.library.opcheck(torch.ops.pyeff.ticket_forward, (*arguments, activation or "none", keep, native_kernels))
+        torch.library.opcheck(
+            torch.ops.pyeff.ticket_forward, (*arguments, activation or "none", keep, native_kernels)
+        )
 
 
 @activations
