@@ -83,7 +83,9 @@ def _all_match(name: str, patterns: list[re.Pattern], paths: Mapping[str, Any]) 
     for pattern in patterns:
         if not any(pattern.search(path) for path in paths):
             some = ", ".join(list(paths)[:4]) or "none"
-            raise ValueError(f"targets: {name} {pattern.pattern!r} matches no layer, expected one of those such as {some}")
+            raise ValueError(
+                f"targets: {name} {pattern.pattern!r} matches no layer, expected one of those such as {some}"
+            )
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -125,7 +127,8 @@ def backbone(model: nn.Module, heads: Sequence[str | nn.Module] | None) -> dict[
 def dense_weight(layer: Prunable) -> Tensor:
     """The weight [out, in] that a layer computes with, detached, with zeros where it is pruned."""
     if hasattr(layer, "weight_orig"):  # masked by torch.nn.utils.prune: its `weight` is that of the last call
-        return (layer.weight_orig * layer.weight_mask).detach()
+        masked: Any = layer
+        return (masked.weight_orig * masked.weight_mask).detach()
     return layer.weight.detach()
 
 
