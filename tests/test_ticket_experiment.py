@@ -256,9 +256,8 @@ def test_times_tables_and_picture(finished, tmp_path, corpus, monkeypatch, capsy
     assert program.main(line, corpus=corpus) == 0
     found = store.load(tmp_path / "run" / "found.json")
     assert [check["job"] for check in found["checks"]] == ["imp-8-0.5-seed0"]
-    assert [(row["method"], row["density"], row["shared"]) for row in found["times"]] == [
-        ("imp-8", 0.75, True), ("imp-8", 0.5, True),
-    ]  # fmt: skip
+    assert [(row["method"], row["density"]) for row in found["times"]] == [("imp-8", 0.75), ("imp-8", 0.5)]
+    assert found["timed"]["shared"] is True
     for row in found["times"]:
         assert all(len(samples) == 2 for call in ("step", "inference", "one_text") for samples in row[call].values())
         share = row["bytes"]["ticket"]["pruned"] / row["bytes"]["dense"]["pruned"]
@@ -273,6 +272,9 @@ def test_times_tables_and_picture(finished, tmp_path, corpus, monkeypatch, capsy
     before = page.read_text()
     assert program.main([*line, "--only-report"], corpus=corpus) == 0
     assert page.read_text() == before
+    shutil.rmtree(tmp_path / "run" / "state")
+    assert program.main(line, corpus=corpus) == 1
+    assert "name its folder by --state" in " ".join(capsys.readouterr().out.split())
     page.write_text("nothing here")
     assert program.main([*line, "--only-report"], corpus=corpus) == 1
     assert "has no place for a table" in " ".join(capsys.readouterr().out.split())

@@ -26,10 +26,11 @@ class Run:
     Args:
         bench (Bench), kept (Store): text and models, and where results go.
         progress (callable): gets the job and how many of its steps are done.
+        frozen (bool): nothing is to be trained; what cannot be had without is an error.
     """
 
-    def __init__(self, bench: Bench, kept: store.Store, progress=lambda job, step: None) -> None:
-        self.bench, self.kept, self.progress = bench, kept, progress
+    def __init__(self, bench: Bench, kept: store.Store, progress=lambda job, step: None, frozen: bool = False) -> None:
+        self.bench, self.kept, self.progress, self.frozen = bench, kept, progress, frozen
         self.step = bench.settings.round
 
     def masks(self, job: Job) -> Masks:
@@ -60,7 +61,13 @@ class Run:
         return found
 
     def train(self, job: Job) -> None:
-        """Trains a job and writes down what it gave."""
+        """Trains a job and writes down what it gave.
+
+        Raises:
+            RuntimeError: nothing is to be trained.
+        """
+        if self.frozen:
+            raise RuntimeError(f"what {job.name} left is not in {self.kept.state}: name its folder by --state")
         masks, pretrained = self.masks(job), self.bench.pretrained(job.seed)
         trained, row = self.bench.fit(job, masks, lambda step: self.progress(job, step))
         if masks:
@@ -116,7 +123,7 @@ def main(arguments: list[str] | None = None, *, corpus=None) -> int:
         planned = methods.jobs(given.methods, given.densities, settings.round, given.seeds)
         kept = store.Store(given.out, settings, given.state)
         bench = Bench(settings, corpus)
-        run = Run(bench, kept)
+        run = Run(bench, kept, frozen=given.only_times)
         if not given.only_times:
             kept.describe(bench)
             work(run, planned, given.minutes, console)
@@ -160,18 +167,17 @@ def measure(run: Run, planned: list[Job], given: argparse.Namespace, console: Co
     if not chosen:
         return
     with console.status("") as status:
-        run.kept.found["checks"] = []
+        run.kept.found |= {"timed": store.place() | {"shared": not given.quiet_machine}, "checks": [], "times": []}
         for method in dict.fromkeys(job.method for job in chosen):
             job = min((j for j in chosen if j.method == method), key=lambda j: j.density)
             status.update(f"TicketLinear against masked dense weights: {job.name}")
             run.kept.found["checks"].append(run.bench.agreement(job, run.masks(job)))
             run.kept.save()
-        run.kept.found["times"] = []
         for dtype in given.time_dtypes:
             for job in chosen:
                 status.update(f"Time and memory of {job.name}, {dtype}")
                 row = times.measure(run.bench, job, run.masks(job), dtype, given.repeats, run.kept.state)
-                run.kept.found["times"].append(row | {"shared": not given.quiet_machine})
+                run.kept.found["times"].append(row)
                 run.kept.save()
 
 

@@ -101,11 +101,11 @@ def medians(row: dict, call: str) -> tuple[float, float]:
 
 def speed(found: dict) -> str:
     """Time and memory as a Markdown table: a row a ticket, dense / ticket in each cell."""
-    settings, first = found["settings"], found["times"][0]
-    told = "other programs were running" if first["shared"] else "nothing else was running"
+    settings, first, timed = found["settings"], found["times"][0], found["timed"]
+    told = "other programs were running" if timed["shared"] else "nothing else was running"
     tokens = settings["max_length"]
     lines = [
-        f"{found['machine']['model']}, {first['threads']} thread{'s' * (first['threads'] != 1)}; {told}. Medians of "
+        f"{timed['machine']['model']}, {first['threads']} thread{'s' * (first['threads'] != 1)}; {told}. Medians of "
         f"{len(first['step']['dense'])}, in turns; dense / ticket.",
         "",
         f"| ticket | density | dtype | step, {settings['batch']} x {tokens} tokens | inference | one text | state "
@@ -207,7 +207,7 @@ def draw_times(axes, found: dict) -> None:
                 axes.plot([r["density"] for r in mine], shares, color=colour, ls=dashes, marker=mark, ms=5, lw=1.5,
                           label=f"{words}, blocks of {side}")  # fmt: skip
     axes.axhline(1, color="black", lw=1, ls=":")
-    told = ", machine shared" if rows[0]["shared"] else ""
+    told = ", machine shared" if found["timed"]["shared"] else ""
     axes.set(title=f"Time over the dense model's ({dtypes[0]}, {rows[0]['threads']} threads{told})",
              xlabel="density of the pruned layers", xlim=(1, 0), ylim=(0, None))  # fmt: skip
     axes.title.set_fontsize(10)

@@ -53,10 +53,7 @@ class Store:
         """Writes down what the result belongs to."""
         corpus = bench.corpus
         self.found |= {
-            "date": machine.now(),
-            "commit": machine.commit(),
-            "machine": machine.cpu(),
-            "versions": machine.versions(),
+            "trained": place(),
             "model": "all-MiniLM-L6-v2",
             "corpus": {
                 "name": corpus.name,
@@ -98,6 +95,16 @@ class Store:
 
     def drop(self, name: str) -> None:
         (self.state / f"{name}.pt").unlink(missing_ok=True)
+
+
+def place() -> dict[str, Any]:
+    """When, by which commit and on what machine."""
+    return {
+        "date": machine.now(),
+        "commit": machine.commit(),
+        "machine": machine.cpu(),
+        "versions": machine.versions(),
+    }
 
 
 def same(row: dict[str, Any], job: Job) -> bool:

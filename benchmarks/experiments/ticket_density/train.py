@@ -81,6 +81,8 @@ class Trained(variants.Variant):
                 old = model.get_submodule(name)
                 setattr(model.get_submodule(parent), child, pyeff.nn.TicketLinear.from_linear(old, ticket))
         super().__init__("full", model, settings.demo(job.seed))
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # one pass over weights, gradients and moments, to nobody's disadvantage
         # The loss is formed in float32 also where products are not.
         self.model.register_forward_hook(lambda module, inputs, output: output.float())
         if not self.by_ticket:
