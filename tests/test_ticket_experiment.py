@@ -14,7 +14,7 @@ from pyeff.demo import data, variants
 from pyeff.demo import train as demo_train
 from tests.test_demo import library
 
-METHODS = ("imp", "imp-8", "project-8", "oneshot-8", "random-8")
+METHODS = ("imp", "imp-8", "project-8", "oneshot-8", "random-8", "imp-8-scaled")
 SIZE = {"steps": 3, "batch": 4, "max_length": 12, "warmup": 1, "round": 0.25, "dtype": "float32"}
 
 
@@ -85,6 +85,8 @@ def test_the_order_of_the_work():
         (["dense", "magic"], [0.5], "no method 'magic'"),
         (["random"], [0.5], "no method 'random'"),
         (["imp-x"], [0.5], "no method 'imp-x'"),
+        (["imp-8-wide"], [0.5], "no method 'imp-8-wide'"),
+        (["random-8-scaled"], [0.5], "no method 'random-8-scaled'"),
         (["dense-8"], [0.5], "no method 'dense-8'"),
         (["imp"], [0.45], "not those of rounds"),
         (["random-8"], [1.5], "between 0 and 1"),
@@ -96,29 +98,37 @@ def test_bad_plans_are_errors(chosen, densities, message):
         methods.jobs(chosen, densities, 0.25, [0])
 
 
-def test_choose_ranks_all_layers_together_and_only_what_is_allowed():
-    scores = {"a": torch.tensor([[4.0, 1.0]]), "b": torch.tensor([[3.0, 2.0], [8.0, 0.5]])}
-    kept = methods.choose(scores, 0.5)
-    assert kept["a"].tolist() == [[True, False]]
-    assert kept["b"].tolist() == [[True, False], [True, False]]
-    allowed = {"a": torch.tensor([[True, True]]), "b": torch.tensor([[True, True], [False, True]])}
-    again = methods.choose(scores, 0.5, allowed)
-    assert again["b"].tolist() == [[True, True], [False, False]]
-    tied = methods.choose({"a": torch.zeros(4)}, 0.5)
-    assert tied["a"].tolist() == [True, True, False, False]
+def masks_of(bench, method, density=0.5, survivors=None):
+    weights = bench.pretrained(0)
+    return methods.choose(Job(method, density, 0), bench.at(0)[0], weights, survivors)
 
 
-def test_magnitudes_and_masks_of_blocks():
-    weight = torch.randn(16, 24)
-    means = methods.magnitude(weight, 8)
-    assert means.shape == (2, 3)
-    torch.testing.assert_close(means[1, 2], weight[8:, 16:].abs().mean())
-    mask = torch.tensor([[True, False, True], [False, True, False]])
-    elements = methods.to_elements(mask, 8)
-    assert elements.shape == weight.shape
-    assert torch.equal(elements[::8, ::8], mask)
-    with pytest.raises(ValueError, match="no multiple of blocks of 7"):
-        methods.magnitude(weight, 7)
+def test_global_and_scaled_blocks(bench):
+    """One layer of weights ten times as large takes all by the global mean, and its share by the scaled one."""
+    model, _ = bench.at(0)
+    weights = {name: weight.clone() for name, weight in bench.pretrained(0).items()}
+    first = next(iter(weights))
+    weights[first] *= 10
+    for method, share in (("imp-8", 1.0), ("imp-8-scaled", None)):
+        found = methods.choose(Job(method, 0.5, 0), model, weights)
+        alive = float(found[first].float().mean())
+        assert alive == share if share else 0.2 < alive < 0.8
+        assert sum(int(m.sum()) for m in found.values()) * 2 == sum(m.numel() for m in found.values())
+    assert torch.equal(model.get_submodule(first).weight, bench.pretrained(0)[first])
+
+
+def test_a_projection_keeps_what_survives_most(bench):
+    pretrained = bench.pretrained(0)
+    survivors = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in pretrained.items()}
+    for mask in survivors.values():
+        mask[:8] = True
+    share = sum(int(m.sum()) for m in survivors.values()) / sum(m.numel() for m in survivors.values())
+    found = masks_of(bench, "project-8", share, survivors)
+    assert all(bool(mask[0].all()) and not mask[1:].any() for mask in found.values())
+    told = methods.facts(Job("project-8", share, 0), found, pretrained, survivors)
+    assert told["survivors"] == 1
+    assert told["retained"] < 1
+    assert told["least"] == pytest.approx(8 / 64, abs=1e-6)
 
 
 def test_masked_weights_train_as_if_the_others_were_not_there():
@@ -148,7 +158,7 @@ def test_what_is_pruned(bench):
 def test_dead_blocks_stay_dead_and_nothing_else(bench, through):
     job = Job("random-8", 0.5, 0)
     pretrained = bench.pretrained(0)
-    masks = methods.drawn(job, pretrained)
+    masks = methods.choose(job, bench.at(0)[0])
     model, batches = bench.at(0)
     trained = train.Trained(model, bench.settings, job, masks, through=through)
     assert trained.by_ticket == (through == "ticket")
@@ -167,7 +177,7 @@ def test_dead_blocks_stay_dead_and_nothing_else(bench, through):
 
 def test_both_ways_to_train_give_the_same_losses(bench, monkeypatch):
     job = Job("random-8", 0.5, 0)
-    masks = methods.drawn(job, bench.pretrained(0))
+    masks = methods.choose(job, bench.at(0)[0])
     found = bench.agreement(job, masks)
     assert found["gap"] <= found["allowed"] < 1e-3
     monkeypatch.setattr(demo_train, "loss_allowance", lambda losses, terms: -1.0)
@@ -192,7 +202,9 @@ def test_every_training_is_there(finished):
         assert len(row["losses"]) == SIZE["steps"]
         assert row["right"] == sum(train.from_hex(row["answers"], row["texts"]))
         if row["method"] != "dense":
-            assert row["reached"] == row["density"]
+            assert row["reached"] == pytest.approx(row["density"], abs=1e-6)
+            assert row["least"] <= row["density"]
+            assert ("survivors" in row) == (row["method"] == "project-8")
             retained[row["method"], row["density"]] = row["retained"]
     # The largest single weights hold more than the largest blocks, and these more than any others.
     assert retained["imp", 0.5] > retained["imp-8", 0.5] > retained["random-8", 0.5]
@@ -201,13 +213,13 @@ def test_every_training_is_there(finished):
 
 def test_masks_nest_from_round_to_round(finished):
     (state,) = (finished / "state").iterdir()
-    for method in ("imp", "imp-8", "random-8"):
+    for method in ("imp", "imp-8", "imp-8-scaled"):
         large, small = (torch.load(state / f"{method}-{d}-seed0.masks.pt") for d in (0.75, 0.5))
-        assert all(bool((small[name] <= large[name]).all()) for name in large)
+        assert all(not (small[name] & ~large[name]).any() for name in large)
         assert sum(int(m.sum()) for m in small.values()) < sum(int(m.sum()) for m in large.values())
     # Weights are kept only where somebody needs them: the dense model's, and the last round's.
     kept = {path.name for path in state.glob("*.weights.pt")}
-    assert kept == {f"{name}-seed0.weights.pt" for name in ("dense", "imp-0.5", "imp-8-0.5")}
+    assert kept == {f"{name}-seed0.weights.pt" for name in ("dense", "imp-0.5", "imp-8-0.5", "imp-8-scaled-0.5")}
 
 
 def test_the_same_again_and_a_restart_goes_on(finished, tmp_path, corpus):
@@ -233,7 +245,7 @@ def test_the_same_again_and_a_restart_goes_on(finished, tmp_path, corpus):
 def test_the_time_ends_the_work(tmp_path, corpus, capsys):
     assert program.main([*command(tmp_path), "--minutes", "0"], corpus=corpus) == 0
     assert [row["method"] for row in store.load(tmp_path / "found.json")["trainings"]] == ["dense"]
-    assert "10 of 11 trainings to go" in capsys.readouterr().out
+    assert "12 of 13 trainings to go" in capsys.readouterr().out
 
 
 def test_other_settings_are_refused(finished, corpus, capsys):

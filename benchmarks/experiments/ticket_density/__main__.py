@@ -39,17 +39,15 @@ class Run:
             return {}
         found = self.kept.read(f"{job.name}.masks")
         if found is None:
-            pretrained = self.bench.pretrained(job.seed)
             before = job.before(self.step)
-            if before is not None:
-                allowed = self.masks(before) if before.kind == "imp" else None
-                found = methods.by_magnitude(job, self.weights(before), allowed)
-            elif job.kind == "project":
-                found = methods.projected(job, pretrained, self.masks(dataclasses.replace(job, method="imp")))
-            else:
-                found = methods.drawn(job, pretrained)
+            weights = self.weights(before) if before is not None else None
+            found = methods.choose(job, self.bench.at(job.seed)[0], weights, self.projected(job))
             self.kept.write(f"{job.name}.masks", found)
         return found
+
+    def projected(self, job: Job) -> Masks | None:
+        """The masks of single weights that a job makes blocks of, if it does."""
+        return self.masks(dataclasses.replace(job, method="imp")) if job.kind == "project" else None
 
     def weights(self, job: Job) -> dict[str, Tensor]:
         """What a job's training made of the pruned layers."""
@@ -71,7 +69,7 @@ class Run:
         masks, pretrained = self.masks(job), self.bench.pretrained(job.seed)
         trained, row = self.bench.fit(job, masks, lambda step: self.progress(job, step))
         if masks:
-            row |= methods.facts(job, masks, pretrained)
+            row |= methods.facts(job, masks, pretrained, self.projected(job))
         if job.kind in ("dense", "imp"):
             self.kept.write(f"{job.name}.weights", trained.weights(list(pretrained)))
         self.kept.keep(job, row)

@@ -1,21 +1,28 @@
-"""The masks: which weights, or which blocks of them, a method leaves alive."""
+"""The masks: which weights, or which blocks of them, a method leaves alive. All by pyeff.recipes.ticket."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pyeff.nn import TicketLinear
 from pyeff.plans import Ticket
+from pyeff.recipes import ticket
 
 KINDS = ("dense", "imp", "project", "oneshot", "random")
-METHODS = ("dense", "imp", "imp-32", "random-32", "project-32", "oneshot-32", "imp-16", "project-16", "imp-8")
+SCOPES = ("global", "scaled", "layer")
+METHODS = (
+    "imp", "imp-32-scaled", "imp-32", "random-32", "project-32-scaled", "oneshot-32-scaled", "imp-16-scaled",
+    "project-16-scaled", "imp-8-scaled",
+)  # fmt: skip
+# The pooler takes no part in the answers.
+LEFT_OUT = "pooler"
 
+# By layer, bool: [out, in] for single weights, [R, C] for blocks.
 Masks = dict[str, Tensor]
 
 
@@ -40,8 +47,13 @@ class Job:
     @property
     def block(self) -> int | None:
         """The side of a block; None where single weights live or die."""
-        side = self.method.partition("-")[2]
-        return int(side) if side else None
+        parts = self.method.split("-")
+        return int(parts[1]) if len(parts) > 1 else None
+
+    @property
+    def scope(self) -> str:
+        """How blocks of different layers compare."""
+        return self.method.split("-")[2] if self.method.count("-") == 2 else "global"
 
     @property
     def name(self) -> str:
@@ -58,10 +70,12 @@ class Job:
 
 def check_method(method: str) -> None:
     """Raises ValueError unless it is one that there is."""
-    kind, dash, side = method.partition("-")
-    fits = {"dense": not dash, "imp": not dash or side.isdecimal()}.get(kind, side.isdecimal())
-    if kind not in KINDS or not fits or (side.isdecimal() and int(side) < 1):
-        raise ValueError(f"there is no method {method!r}, expected such as {', '.join(METHODS)}")
+    kind, *rest = method.split("-")
+    whole = not rest and kind in ("dense", "imp")
+    blocks = kind in KINDS[1:] and rest and rest[0].isdecimal() and int(rest[0]) > 0
+    scoped = len(rest) < 2 or (len(rest) == 2 and rest[1] in SCOPES and kind != "random")
+    if not whole and not (blocks and scoped):
+        raise ValueError(f"there is no method {method!r}, expected such as dense, {', '.join(METHODS)}")
 
 
 def jobs(methods: list[str], densities: list[float], step: float, seeds: list[int]) -> list[Job]:
@@ -98,39 +112,50 @@ def jobs(methods: list[str], densities: list[float], step: float, seeds: list[in
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """What is pruned of a classifier, by its path: all linear layers within the encoder's layers, tickets or not."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, TicketLinear)) and ".layer." in f".{name}"
-    }
+    return dict(ticket.targets(model, exclude=LEFT_OUT))
 
 
-def choose(scores: Mapping[str, Tensor], density: float, allowed: Mapping[str, Tensor] | None = None) -> Masks:
-    """The best of all layers together: bool, of the same shapes; only what is ``allowed``. Ties: the first."""
-    flat = torch.cat([s.flatten() for s in scores.values()])
-    if allowed is not None:
-        flat[~torch.cat([allowed[name].flatten() for name in scores])] = -math.inf
-    keep = torch.zeros_like(flat, dtype=torch.bool)
-    keep[torch.argsort(flat, descending=True, stable=True)[: round(density * flat.numel())]] = True
-    parts = keep.split([s.numel() for s in scores.values()])
-    return {name: part.view(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
+def choose(
+    job: Job, model: nn.Module, weights: Mapping[str, Tensor] | None = None, survivors: Masks | None = None
+) -> Masks:
+    """The masks of a job.
 
-
-def to_blocks(weight: Tensor, block: int) -> Tensor:
-    """[out, in] as [R, C, block, block].
-
-    Raises:
-        ValueError: a side of the weight is no multiple of the block.
+    Args:
+        job (Job): which.
+        model (Module): the pretrained classifier; it stays as it is.
+        weights (mapping, optional): by layer, the trained weights that a round of IMP and one-shot pruning rank. What
+            is dead already is zero in them and the first to stay so.
+        survivors (dict of Tensor, optional): what a projection projects.
     """
-    rows, columns = (side // block for side in weight.shape)
-    if (rows * block, columns * block) != tuple(weight.shape):
-        raise ValueError(f"a weight {list(weight.shape)} is no multiple of blocks of {block}")
-    return weight.view(rows, block, columns, block).transpose(1, 2)
+    if job.kind == "project":
+        assert survivors is not None
+        pretrained = {name: layer.weight.detach() for name, layer in layers(model).items()}
+        found = ticket.project(survivors, pretrained, job.block, density=job.density, scope=job.scope)  # type: ignore[call-overload]
+        return {name: p.ticket.blocks() for name, p in found.items()}
+    model = copy.deepcopy(model)
+    if job.kind == "random":
+        ticket.prune(model, density=job.density, block=job.block, method="random", seed=job.seed, exclude=LEFT_OUT)
+        return {name: t.blocks() for name, t in ticket.tickets(model).items()}
+    assert weights is not None
+    with torch.no_grad():
+        for name, layer in layers(model).items():
+            layer.weight.copy_(weights[name])
+    if job.block is None:
+        # One round; the training that it asks for is over.
+        options = {"density": job.density, "method": "imp", "rounds": 1, "rewind": False, "exclude": LEFT_OUT}
+        ticket.prune(model, lambda model: None, **options)
+        return ticket.masks(model)
+    found = ticket.select(model, job.density, job.block, scope=job.scope, exclude=LEFT_OUT)
+    return {name: t.blocks() for name, t in found.items()}
 
 
-def magnitude(weight: Tensor, block: int | None) -> Tensor:
-    """|w|, or its mean in each block."""
-    return weight.abs() if block is None else to_blocks(weight.abs(), block).mean((-2, -1))
+def tickets(job: Job, masks: Masks) -> dict[str, Ticket]:
+    """Masks of blocks as tickets."""
+    side = job.block or 1
+    return {
+        name: Ticket.from_blocks(mask, (mask.shape[0] * side, mask.shape[1] * side), side)
+        for name, mask in masks.items()
+    }
 
 
 def to_elements(mask: Tensor, block: int | None) -> Tensor:
@@ -138,37 +163,28 @@ def to_elements(mask: Tensor, block: int | None) -> Tensor:
     return mask if block is None else mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
 
 
-def by_magnitude(job: Job, weights: Mapping[str, Tensor], allowed: Masks | None) -> Masks:
-    """IMP's round, and one-shot pruning: the largest of the trained weights among what still lives."""
-    return choose({name: magnitude(w, job.block) for name, w in weights.items()}, job.density, allowed)
+def facts(job: Job, masks: Masks, pretrained: Mapping[str, Tensor], survivors: Masks | None) -> dict[str, float]:
+    """What a mask keeps.
 
-
-def projected(job: Job, pretrained: Mapping[str, Tensor], survivors: Masks) -> Masks:
-    """The blocks in which most of the pretrained magnitude of a mask of weights survives."""
-    return choose({name: magnitude(w * survivors[name], job.block) for name, w in pretrained.items()}, job.density)
-
-
-def drawn(job: Job, pretrained: Mapping[str, Tensor]) -> Masks:
-    """Blocks by lot; the lots of a smaller density are among those of a larger one."""
-    seed = int.from_bytes(hashlib.sha256(f"{job.method} {job.seed}".encode()).digest()[:6], "big")
-    generator = torch.Generator().manual_seed(seed)
-    lots = {
-        name: torch.rand(to_blocks(w, job.block or 1).shape[:2], generator=generator) for name, w in pretrained.items()
-    }
-    return choose(lots, job.density)
-
-
-def facts(job: Job, masks: Masks, pretrained: Mapping[str, Tensor]) -> dict[str, float]:
-    """The density reached, and the share of the pretrained magnitude that is kept."""
+    Returns:
+        dict: ``reached``, the density; ``least``, that of the emptiest layer; ``retained``, the share of the pretrained
+        magnitude that is kept; of a projection ``survivors``, the share of what IMP had kept of it.
+    """
     alive = {name: to_elements(mask, job.block) for name, mask in masks.items()}
-    total = sum(float(w.abs().sum(dtype=torch.float64)) for w in pretrained.values())
-    kept = sum(float(w[alive[name]].abs().sum(dtype=torch.float64)) for name, w in pretrained.items())
-    elements = sum(w.numel() for w in pretrained.values())
-    return {"reached": sum(int(m.sum()) for m in alive.values()) / elements, "retained": kept / total}
+    magnitude = {name: w.abs() for name, w in pretrained.items()}
+    shares = [int(m.sum()) / m.numel() for m in alive.values()]
+    sizes = [m.numel() for m in alive.values()]
+    found = {
+        "reached": sum(a * b for a, b in zip(shares, sizes, strict=True)) / sum(sizes),
+        "least": min(shares),
+        "retained": _total(magnitude, alive) / _total(magnitude),
+    }
+    if survivors is not None:
+        both = {name: mask & alive[name] for name, mask in survivors.items()}
+        found["survivors"] = _total(magnitude, both) / _total(magnitude, survivors)
+    return {name: round(value, 6) for name, value in found.items()}
 
 
-def tickets(job: Job, masks: Masks) -> Iterator[tuple[str, Ticket]]:
-    """A mask of blocks as tickets, by layer."""
-    for name, mask in masks.items():
-        side = job.block or 1
-        yield name, Ticket.from_blocks(mask, (mask.shape[0] * side, mask.shape[1] * side), side)
+def _total(magnitude: Mapping[str, Tensor], where: Masks | None = None) -> float:
+    parts = (m if where is None else m[where[name]] for name, m in magnitude.items())
+    return sum(float(part.sum(dtype=torch.float64)) for part in parts)

@@ -24,10 +24,11 @@ Points = dict[str, dict[float, list[dict[str, Any]]]]
 
 def title(method: str) -> str:
     """A method in words."""
-    kind, _, side = method.partition("-")
+    kind, *rest = method.split("-")
     if kind == "dense":
         return "dense"
-    return f"{WORDS[kind]}, {f'blocks of {side}' if side else 'single weights'}"
+    words = f"{WORDS[kind]}, {f'blocks of {rest[0]}' if rest else 'single weights'}"
+    return f"{words}, {rest[1]}" if rest[1:] else words
 
 
 def points(found: dict) -> Points:
@@ -182,8 +183,9 @@ def draw_accuracy(axes, found: dict) -> None:
     axes.axhspan(p - error, p + error, color="#000000", alpha=0.10, lw=0)
     axes.axhline(p, color=COLOURS["dense"], lw=1.2, label=f"dense ± binomial error ({dense[0]['texts']} texts)")
     for method, rows in table.items():
-        kind, _, side = method.partition("-")
-        dashes, mark = BLOCKS.get(int(side) if side else None, ("-", "."))
+        kind, *rest = method.split("-")
+        side = int(rest[0]) if rest else None
+        dashes, mark = BLOCKS.get(side, ("-", "."))
         ordered = sorted(rows)
         style: dict[str, Any] = {"color": COLOURS[kind], "ls": dashes, "marker": mark, "ms": 6 if side else 9}
         axes.plot(ordered, [100 * share(rows[d]) for d in ordered], label=title(method), lw=1.6, **style)
@@ -198,7 +200,7 @@ def draw_times(axes, found: dict) -> None:
     rows = found["times"]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     for method in dict.fromkeys(row["method"] for row in rows):
-        side = int(method.partition("-")[2])
+        side = int(method.split("-")[1])
         for dtype in dtypes[:1]:
             mine = sorted((r for r in rows if (r["method"], r["dtype"]) == (method, dtype)), key=lambda r: r["density"])
             for call, colour, words in (("step", "#D55E00", "training step"), ("inference", "#0072B2", "inference")):

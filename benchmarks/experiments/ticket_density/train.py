@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import pyeff
 from pyeff.demo import data, train, variants
+from pyeff.recipes import ticket
 
 from . import methods
 from .methods import Job, Masks
@@ -76,10 +76,7 @@ class Trained(variants.Variant):
         self.by_ticket = (through or settings.through) == "ticket" and job.block is not None
         if self.by_ticket:
             model = copy.deepcopy(model)
-            for name, ticket in methods.tickets(job, masks):
-                parent, _, child = name.rpartition(".")
-                old = model.get_submodule(name)
-                setattr(model.get_submodule(parent), child, pyeff.nn.TicketLinear.from_linear(old, ticket))
+            ticket.install(model, methods.tickets(job, masks))
         super().__init__("full", model, settings.demo(job.seed))
         for group in self.optimizer.param_groups:
             group["fused"] = True  # one pass over weights, gradients and moments, to nobody's disadvantage
