@@ -4,11 +4,10 @@
 #include <cstdint>
 
 #include "cuda/machine.h"
+#include "cuda/number.h"
 #include "read_options.h"
 
 namespace pyeff::gpu {
-
-enum class Number : int { f32, bf16, f16 };
 
 // One layer output [*, d]: row n starts (n / columns) * outer + (n % columns) * inner numbers after `data`, and its
 // numbers are contiguous. `aligned`: every row starts at a multiple of 16 bytes.

@@ -14,18 +14,6 @@ static_assert(ReverseTile<float>::kShared <= kSharedAnywhere && DphiTile<float>:
 static_assert(OuterTile<bf16>::kShared <= kSharedAnywhere && OuterTile<float>::kShared <= kSharedAnywhere, "");
 static_assert(OuterWgmmaTile::kShared <= kSharedHopper, "");
 
-// Splits of `tiles` products that keep the processors busiest: what a split takes, times the rounds of blocks, is
-// least. More splits are only taken where they gain a tenth: each has partial sums to write and to add.
-int64_t best_splits(int64_t tiles, int64_t processors) {
-  int64_t best = 1;
-  double least = static_cast<double>(div_up(tiles, processors));
-  for (int64_t splits = 2; splits <= 64 && tiles * splits <= 4 * processors; ++splits) {
-    const double time = static_cast<double>(div_up(tiles * splits, processors)) / static_cast<double>(splits);
-    if (time < 0.9 * least) best = splits, least = time;
-  }
-  return best;
-}
-
 // One of the two long products: its partial sums, and how often it is split.
 struct OuterSpace {
   int64_t width, splits;

@@ -1,12 +1,12 @@
-// What READ's kernels share: constants, rows of the layer outputs, pairs of neighbouring numbers, the cells.
+// What READ's kernels share: constants, rows of the layer outputs, the cells.
 #pragma once
 
+#include "cuda/common.cuh"
 #include "cuda/math.cuh"
 #include "cuda/read.h"
 
 namespace pyeff::gpu {
 
-constexpr int kThreads = 256;
 // Layers whose addresses fit into one kernel's parameters; deeper networks take one more launch for each.
 constexpr int kMaxLayers = 64;
 
@@ -14,11 +14,6 @@ constexpr int gates_of(Cell cell) { return cell == Cell::rnn ? 1 : cell == Cell:
 // Columns of da for a token: the gates, and for the GRU n's derivative once more, times r, as the recurrent product
 // takes it.
 constexpr int derivatives_of(Cell cell) { return cell == Cell::rnn ? 1 : 4; }
-
-template <class T>
-PYEFF_BOTH T div_up(T a, T b) {
-  return (a + b - 1) / b;
-}
 
 struct Layers {
   ReadLayer layer[kMaxLayers];
@@ -29,32 +24,6 @@ PYEFF_DEVICE int64_t row_offset(const ReadLayer& layer, int64_t n) {
   const uint32_t row = static_cast<uint32_t>(n), columns = static_cast<uint32_t>(layer.columns);
   const uint32_t outer = row / columns;
   return outer * layer.outer + (row - outer * columns) * layer.inner;
-}
-
-// Two neighbouring numbers, of which `count` exist; the others are 0. `pairs`: both lie in one aligned word.
-template <class T>
-PYEFF_DEVICE void load_two(float (&x)[2], const T* p, int count, bool pairs) {
-  if constexpr (sizeof(T) == 2) {
-    if (pairs && count >= 2) {
-      const uint32_t both = load(reinterpret_cast<const uint32_t*>(p));
-      x[0] = low_of<T>(both), x[1] = high_of<T>(both);
-      return;
-    }
-  }
-  x[0] = count > 0 ? to_float(load(p)) : 0.0f;
-  x[1] = count > 1 ? to_float(load(p + 1)) : 0.0f;
-}
-
-template <class T>
-PYEFF_DEVICE void store_two(T* p, float low, float high, int count, bool pairs) {
-  if constexpr (sizeof(T) == 2) {
-    if (pairs && count >= 2) {
-      store(reinterpret_cast<uint32_t*>(p), pack2<T>(low, high));
-      return;
-    }
-  }
-  if (count > 0) store(p, from_float<T>(low));
-  if (count > 1) store(p + 1, from_float<T>(high));
 }
 
 // A cell for one unit of one token. `x` are the gates' sums from the input, `a` those from the state with its bias.
@@ -109,23 +78,5 @@ struct CellBackward {
     }
   }
 };
-
-// Adds over the block, in a fixed order; every thread gets the sum. `shared` has a place for each warp.
-PYEFF_DEVICE float block_sum(float x, float* shared) {
-  PYEFF_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  if (lane() == 0) store_shared(shared + warp(), x);
-  barrier();
-  float sum = 0.0f;
-  for (int i = 0; i < block_size() / kWarp; ++i) sum += load_shared(shared + i);
-  barrier();
-  return sum;
-}
-
-PYEFF_DEVICE float warp_sum(float x) {
-  PYEFF_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
 
 }  // namespace pyeff::gpu

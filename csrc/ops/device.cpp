@@ -32,6 +32,12 @@ STABLE_TORCH_LIBRARY(pyeff_cuda, m) {
         ", Tensor h, Tensor c, Tensor gates, Tensor stats, int cell, int norm, float eps, int reduce, "
         "Tensor(a!)[] dphi, Tensor(b!) dw_ih, Tensor(c!) dw_hh, Tensor(d!) db_ih, Tensor(e!) db_hh, "
         "Tensor(f!) dnorm_weight, Tensor(g!) dnorm_bias, Tensor(h!) dh0, Tensor(i!) dc0) -> ()");
+  m.def(
+      "ticket_forward(Tensor x, Tensor values, Tensor index, Tensor? bias, int activation, Tensor(a!) y, Tensor(b!) z) "
+      "-> ()");
+  m.def(
+      "ticket_backward(Tensor grad, Tensor x, Tensor values, Tensor index, Tensor saved, int activation, "
+      "Tensor(a!) dx, Tensor(b!) dvalues, Tensor(c!) dbias) -> ()");
   m.def("built_architectures() -> str");
   m.def("why_not(int device) -> str");
 }

@@ -6,8 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
+
 #include "cuda/device.h"
 #include "cuda/machine.h"
+#include "cuda/number.h"
 
 #ifdef PYEFF_EMULATED
 #define PYEFF_GPU_KEY CPU
@@ -16,6 +19,25 @@
 #endif
 
 namespace pyeff {
+
+inline gpu::Number gpu_number(const torch::stable::Tensor& t, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return gpu::Number::f32;
+    case ScalarType::BFloat16:
+      return gpu::Number::bf16;
+    case ScalarType::Half:
+      return gpu::Number::f16;
+    default:
+      STD_TORCH_CHECK(false, name, " has a dtype without CUDA kernels, expected float32, bfloat16 or float16");
+  }
+}
+
+// Raises where a launch failed.
+inline void report(const char* error, const char* op) {
+  if (error) STD_TORCH_CHECK(false, op, ": the CUDA kernels could not be launched: ", std::string(error));
+}
 
 #ifdef PYEFF_EMULATED
 

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <string>
 #include <vector>
 
 #include "cuda/read.h"
@@ -18,19 +17,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-gpu::Number gpu_number(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return gpu::Number::f32;
-    case ScalarType::BFloat16:
-      return gpu::Number::bf16;
-    case ScalarType::Half:
-      return gpu::Number::f16;
-    default:
-      STD_TORCH_CHECK(false, name, " has a dtype without CUDA kernels, expected float32, bfloat16 or float16");
-  }
-}
 
 // The leading dimensions of [*, d] as two strides.
 gpu::ReadLayer layer_of(const Tensor& phi, ScalarType type, const Checked& checked, int64_t tokens, int64_t width) {
@@ -114,10 +100,6 @@ struct Arguments {
   int64_t gates_numel() const { return problem.cell == Cell::rnn ? 0 : 4 * problem.layers * state_numel(); }
   int64_t state_numel() const { return problem.tokens * problem.rank; }
 };
-
-void report(const char* error, const char* op) {
-  if (error) STD_TORCH_CHECK(false, op, ": the CUDA kernels could not be launched: ", std::string(error));
-}
 
 void forward(std::vector<Tensor> phi, Tensor w_ih, Tensor w_hh, MaybeTensor b_ih, MaybeTensor b_hh,
              MaybeTensor norm_weight, MaybeTensor norm_bias, MaybeTensor h0, MaybeTensor c0, int64_t cell, int64_t norm,
