@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyeff import backends, ops, reference
+from pyeff import ops, reference
 from pyeff.ops import _read_kernels as kernels
 
-from . import read_folded
+from . import ours, read_folded
 from .compiled import compiled, open_tokens
 from .registry import Call, Contender, Unavailable
 
@@ -47,18 +47,7 @@ def _keywords(inputs: Inputs) -> dict:
 
 def fused_by(name: str, sets: Sequence[Inputs]) -> list[Call]:
     """Our op by one of the GPU's backends."""
-    weight = sets[0].weights[0]
-    if reason := backends.refusal("read_recurrence", name, weight.device, weight.dtype):
-        raise Unavailable(reason)
-
-    def one(call: Call) -> Call:
-        def named() -> Sequence[Tensor]:
-            with backends.backend(name):
-                return call()
-
-        return named
-
-    return [one(call) for call in _ours(sets)]
+    return ours.by_name("read_recurrence", name, sets[0].weights[0], _ours(sets))
 
 
 def _ours(sets: Sequence[Inputs], recompute: bool = False) -> list[Call]:
@@ -71,13 +60,7 @@ def _ours(sets: Sequence[Inputs], recompute: bool = False) -> list[Call]:
 
 def fused(sets: Sequence[Inputs], recompute: bool = False) -> list[Call]:
     """Our op, by the backend that ``auto`` takes; absent where that is the reference."""
-    weight = sets[0].weights[0]
-    kernels = [name for name in backends.OPS["read_recurrence"] if name != "reference"]
-    reasons = [backends.refusal("read_recurrence", name, weight.device, weight.dtype) for name in kernels]
-    if all(reasons):
-        raise Unavailable("; ".join(f"{name}: {reason}" for name, reason in zip(kernels, reasons, strict=True)))
-    if backends.choose("read_recurrence", weight.device, weight.dtype) == "reference":
-        raise Unavailable("the reference was chosen (PYEFF_BACKEND or pyeff.backend)")
+    ours.need_kernels("read_recurrence", sets[0].weights[0])
     return _ours(sets, recompute)
 
 
@@ -214,12 +197,8 @@ def naive(sets: Sequence[Inputs]) -> list[Call]:
 
 def gpu_order(dtype: torch.dtype, cell: str, rank: int) -> tuple[str, ...]:
     """The GPU's backends, first the one that ``auto`` takes on this machine's device (or would, without a device)."""
-    order = tuple(name for name in backends.OPS["read_recurrence"] if backends.DEVICE.get(name) == "cuda")
-    if not torch.cuda.is_available():
-        return order
-    device = torch.device("cuda", torch.cuda.current_device())
-    order = kernels.prefer(device, dtype, cell, rank)
-    return tuple(sorted(order, key=lambda name: bool(backends.refusal("read_recurrence", name, device, dtype))))
+    device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return ours.gpu_order("read_recurrence", dtype, kernels.prefer(device, dtype, cell, rank))
 
 
 def contenders(
@@ -233,18 +212,18 @@ def contenders(
     keep = 1.0 if training else 0.25
     if device == "cuda":
         first, *rest = gpu_order(dtype, cell, rank)
-        ours = [
+        own = [
             Contender(name, f"pyeff.ops.read_recurrence by its {name} kernels", role, partial, 7 * narrow * keep)
             for role, names in (("fused", [first]), ("variant", rest))
             for name in names
             for partial in [functools.partial(fused_by, name)]
         ]
     else:
-        ours = [Contender("fused", "pyeff.ops.read_recurrence", "fused", fused, 7 * narrow * keep)]
+        own = [Contender("fused", "pyeff.ops.read_recurrence", "fused", fused, 7 * narrow * keep)]
     if training:
         again = functools.partial(fused, recompute=True)
         about = "ours, gates computed again in the backward"
-        ours.append(Contender("recompute", about, "variant", again, 4 * narrow))
+        own.append(Contender("recompute", about, "variant", again, 4 * narrow))
     others = [
         Contender("eager", _EAGER, "reference", eager, (4 * wide + 16 * narrow) * keep),
         Contender("compiled", _COMPILED, "rival", compiled_reference, (3 * wide + 12 * narrow) * keep),
@@ -258,4 +237,4 @@ def contenders(
         Contender("torch.nn", torch_nn_is, "rival", torch_nn, (3 * wide + 16 * narrow) * half),
         Contender("naive", _NAIVE, "rival", naive, (5 * wide + 16 * narrow) * half),
     ]
-    return tuple(ours + others)
+    return tuple(own + others)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 FORWARD, TRAINING = "forward", "forward+backward"
 # The row files and their operations, in the order of the tables. A file is imported on first use and registers itself.
-ROWS = {"gemm": ("linear",), "read": ("read_recurrence",)}
+ROWS = {"gemm": ("linear",), "read": ("read_recurrence",), "ticket": ("ticket_linear",)}
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -57,7 +57,8 @@ class Case:
     Args:
         op (str): the operation's public name.
         group (str), point (str): the row's label is ``"group point"``; a plot has one panel for each group and the
-            points along its axis. ``axis`` names what the points are.
+            points along its axis. ``axis`` names what the points are. The first of several words in a group is a
+            section, with tables of its own.
         shape (dict): every size, by its usual letter.
         dtype (torch.dtype), device (str), mode (str): ``FORWARD`` or ``TRAINING``.
         flops (float), bytes (float): the least arithmetic and the least traffic of the operation, for the floor.
@@ -69,6 +70,8 @@ class Case:
             backward.
         oracle (callable): an input set -> the outputs in float64.
         contenders (tuple): at least one with the role ``"reference"``.
+        comparable (callable): an input set and a contender's outputs -> these as the oracle has them, where a contender
+            may give them in another form; not timed.
     """
 
     op: str
@@ -87,6 +90,7 @@ class Case:
     tensors: Callable[[Any], Sequence[Tensor]]
     oracle: Callable[[Any], Sequence[Tensor]]
     contenders: tuple[Contender, ...]
+    comparable: Callable[[Any, Sequence[Tensor]], Sequence[Tensor]] = lambda inputs, outputs: outputs
 
     @property
     def label(self) -> str:

@@ -79,21 +79,22 @@ def _three(value: float) -> str:
 
 
 def tables(rows: list[Row]) -> list[Table]:
-    """One table for each operation, dtype and mode: ours, its floor, the best of the others, and memory."""
+    """One table for each operation, dtype, mode and section: ours, its floor, the best of the others, and memory."""
     return [_summary(group) for group in _groups(rows)]
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.op, row.dtype, row.mode), []).append(row)
+        groups.setdefault((row.op, row.dtype, row.mode, row.section), []).append(row)
     return list(groups.values())
 
 
 def _title(rows: list[Row]) -> str:
     first = rows[0]
     same = [f"{k}={v}" for k, v in first.shape.items() if len(rows) > 1 and all(row.shape[k] == v for row in rows)]
-    return "  ".join([first.op, first.dtype, first.mode, *([" ".join(same)] if same else [])])
+    named = [first.section] if first.section else []
+    return "  ".join([first.op, *named, first.dtype, first.mode, *([" ".join(same)] if same else [])])
 
 
 def _summary(rows: list[Row]) -> Table:
@@ -104,7 +105,7 @@ def _summary(rows: list[Row]) -> Table:
     cells = []
     for row in rows:
         ours, other, reference, gain = row.fused(), row.best_other(), row.reference(), row.gain()
-        line = [row.label, *(_own(row, ours) if ours else [_fused_status(row), "-", "-", "-"])]
+        line = [row.short_label, *(_own(row, ours) if ours else [_fused_status(row), "-", "-", "-"])]
         line += [f"{seconds(other.median)} {other.name}" if other else "-", _three(gain) + "x" if gain else "-"]
         line.append(_pair("peak_bytes", ours, reference))
         if training:
@@ -121,7 +122,7 @@ def _gpu_summary(rows: list[Row]) -> Table:
     cells = []
     for row in rows:
         ours, other = row.fused(), row.best_other()
-        line = [row.label, seconds(ours.median) if ours else _fused_status(row)]
+        line = [row.short_label, seconds(ours.median) if ours else _fused_status(row)]
         line += [f"{ours.spread:.0%}", _time(ours.graph_median), _three(row.over_floor(ours))] if ours else ["-"] * 3
         variants = [c.best for c in row.timed() if c.role == "variant" and c.name != "recompute"]
         line.append(_time(min(variants, default=None)))

@@ -96,6 +96,17 @@ class Row:
     def label(self) -> str:
         return f"{self.group} {self.point}".strip()
 
+    @property
+    def section(self) -> str:
+        """The first word of a group of several: it has tables of its own."""
+        first, _, rest = self.group.partition(" ")
+        return first if rest else ""
+
+    @property
+    def short_label(self) -> str:
+        """The label in a table of its section."""
+        return self.label.removeprefix(self.section).strip()
+
     def timed(self) -> list[Measured]:
         return [c for c in self.contenders if c.status == TIMED]
 

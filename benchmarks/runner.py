@@ -214,7 +214,8 @@ def _check_all(
         measured[contender.name] = entry
         try:
             rotation = _prepare(contender, sets, case.device)
-            errors = relative_errors([t.detach() for t in rotation[0]()], truth)
+            outputs = case.comparable(sets[0], [t.detach() for t in rotation[0]()])
+            errors = relative_errors(outputs, truth)
             entry.error = max(errors)
             if contender.role == "reference":
                 limits = error_limits(errors, case.dtype, case.reduction)

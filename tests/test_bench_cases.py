@@ -69,7 +69,7 @@ def test_an_error_in_the_measured_call_arrives():
 @pytest.mark.parametrize("size", ["quick", "default", "full"])
 def test_every_case_has_a_reference_and_ours(size, device):
     cases = registry.cases(None, Selection(size, device))
-    assert {case.op for case in cases} == {"linear", "read_recurrence"}
+    assert {case.op for case in cases} == {"linear", "read_recurrence", "ticket_linear"}
     for case in cases:
         roles = [c.role for c in case.contenders]
         assert roles.count("reference") == roles.count("fused") == 1
@@ -82,6 +82,7 @@ def test_every_case_has_a_reference_and_ours(size, device):
 
 def test_selection():
     assert len(registry.cases("read", Selection(match="gru 64 float32 forward"))) == 1
+    assert len(registry.cases("ticket", Selection(match="up b32 4096 0.3 bfloat16 forward"))) == 1
     assert {c.op for c in registry.cases("linear", Selection())} == {"linear"}
     with pytest.raises(ValueError, match="no benchmark is called 'nothing'"):
         registry.cases("nothing", Selection())

@@ -89,20 +89,21 @@ def test_the_table_of_a_gpu():
 
 
 @pytest.mark.parametrize("every", [False, True])
-def test_the_table_of_a_gpu_fits_a_terminal(every):
+@pytest.mark.parametrize(("group", "point"), [("lstm", "32768"), ("down b128 32768", "0.3")])
+def test_the_table_of_a_gpu_fits_a_terminal(group, point, every):
     away = Contender("recompute", "about", "variant", lambda sets: 1 / 0)
     ours, rival = contender("triton", "fused", square), contender("compiled", "rival", square)
     prices = {"triton": 0.0987, "compiled": 0.987, "triton graph": 0.0987, "compiled graph": 0.987}
     found, _ = with_graphs(ours, REFERENCE, rival, away, **prices)
     row = found.rows[0]
-    row.group, row.point, row.floor_seconds = "lstm", "32768", 0.00987
+    row.group, row.point, row.floor_seconds = group, point, 0.00987
     for c in row.contenders:
         c.peak_bytes, c.saved_bytes = 98_700_000_000, 123_456_789_000
         if c.role == "reference":
             c.samples, c.graph_samples = [9.87, 9.88], [9.87, 9.88]
     text = report.text(found, every)
     assert max(map(len, text.splitlines())) <= 80, text
-    assert "lstm 32768" in text
+    assert f"{group} {point}".removeprefix("down ") in text
 
 
 def test_graphs_are_kept_in_the_file(tmp_path):

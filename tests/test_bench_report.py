@@ -37,13 +37,12 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, content):
 
 def wide_run():
     """Rows with the longest labels and numbers of the registry."""
-    points = [("gru", "1"), ("lstm", "32768")]
+    points = {"read_recurrence": [("gru", "1"), ("lstm", "32768")], "ticket_linear": [("down b128 32768", "0.3")]}
     cases = [
-        fake_case(
-            FUSED, REFERENCE, contender("recompute", "rival", square), group=g, point=p, mode=mode, op="read_recurrence"
-        )
+        fake_case(FUSED, REFERENCE, contender("recompute", "rival", square), group=g, point=p, mode=mode, op=op)
         for mode in (FORWARD, TRAINING)
-        for g, p in points
+        for op, labels in points.items()
+        for g, p in labels
     ]
     cases += [fake_case(FUSED, REFERENCE, group="", point="4096x3072x768", op="linear")]
     found, _ = run(*cases, prices={"fused": 98.7654, "reference": 987.654, "recompute": 123.456})

@@ -36,7 +36,7 @@ def shape_id(value):
 
 @dtypes
 @pytest.mark.parametrize("block", BLOCKS, ids=shape_id)
-def test_blocks(native_kernels, block, dtype):
+def test_blocks(kernels, block, dtype):
     """Blocks of every size, square or not, at the end of a weight that is no multiple of them."""
     for activation, lead in zip(ACTIVATIONS, ((17,), (3,), (33,)), strict=True):
         call = make_call(no_multiple(block), block, lead=lead, dtype=dtype, activation=activation)
@@ -45,14 +45,14 @@ def test_blocks(native_kernels, block, dtype):
 
 @dtypes
 @pytest.mark.parametrize("block", [8, 16, 32, 64])
-def test_blocks_that_divide_the_weight(native_kernels, block, dtype):
+def test_blocks_that_divide_the_weight(kernels, block, dtype):
     call = make_call((4 * block, 3 * block), block, lead=(19,), dtype=dtype)
     check_call(call, call.tensors)
 
 
 @dtypes
 @pytest.mark.parametrize("block", [8, 32, (16, 24), (7, 5)], ids=shape_id)
-def test_numbers_of_tokens(native_kernels, block, dtype):
+def test_numbers_of_tokens(kernels, block, dtype):
     """Few tokens may take another path than many, and tiles of tokens end somewhere."""
     ticket = make_ticket((71, 90), block)
     for tokens in TOKENS:
@@ -63,7 +63,7 @@ def test_numbers_of_tokens(native_kernels, block, dtype):
 @dtypes
 @activations
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_bias_and_activation(native, bias, activation, dtype):
+def test_bias_and_activation(backend, bias, activation, dtype):
     for tokens in (3, 40):
         call = make_call(lead=(tokens,), bias=bias, activation=activation, dtype=dtype)
         check_call(call)
@@ -72,14 +72,14 @@ def test_bias_and_activation(native, bias, activation, dtype):
 
 @dtypes
 @pytest.mark.parametrize("lead", [(), (1,), (4, 3), (2, 1, 3), (2, 2, 1, 5)], ids=shape_id)
-def test_leading_shapes(native, lead, dtype):
+def test_leading_shapes(backend, lead, dtype):
     call = make_call(lead=lead, dtype=dtype, activation="relu")
     assert check_call(call, call.tensors)["out"].shape == (*lead, 40)
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)], ids=shape_id)
 @activations
-def test_no_tokens(native, activation, lead):
+def test_no_tokens(backend, activation, lead):
     """No token: an empty output, and gradients of zero."""
     call = make_call(lead=lead, activation=activation, traps=False)
     found = helpers.gradients(call, call.tensors, torch.zeros(call.out_shape))
@@ -92,7 +92,7 @@ def test_no_tokens(native, activation, lead):
 @dtypes
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("block", [8, 32])
-def test_densities(native_kernels, block, density, dtype):
+def test_densities(kernels, block, density, dtype):
     ticket = make_ticket((136, 200), block, density, holes=density < 1)
     for tokens in (2, 50):
         call = make_call(ticket=ticket, lead=(tokens,), dtype=dtype)
@@ -102,7 +102,7 @@ def test_densities(native_kernels, block, density, dtype):
 @dtypes
 @activations
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_no_block_is_alive(native, bias, activation, dtype):
+def test_no_block_is_alive(backend, bias, activation, dtype):
     """Nothing of x counts, and the output is that of the bias alone."""
     for tokens in (1, 20):
         call = make_call(density=0.0, lead=(tokens,), bias=bias, activation=activation, dtype=dtype)
@@ -129,7 +129,7 @@ PATTERNS = {
 @dtypes
 @pytest.mark.parametrize("block", [16, (8, 24)], ids=shape_id)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns(native_kernels, pattern, block, dtype):
+def test_patterns(kernels, pattern, block, dtype):
     bo, bi = (block, block) if isinstance(block, int) else block
     blocks = torch.tensor(PATTERNS[pattern], dtype=torch.bool)
     ticket = Ticket.from_blocks(blocks, (3 * bo - 3, 3 * bi - 5), block)
@@ -138,7 +138,7 @@ def test_patterns(native_kernels, pattern, block, dtype):
         check_call(call, call.tensors)
 
 
-def test_rows_of_very_different_lengths(native_kernels):
+def test_rows_of_very_different_lengths(kernels):
     """One full row among empty and short ones: work is shared out by what there is to do."""
     blocks = torch.zeros(24, 40, dtype=torch.bool)
     blocks[5], blocks[11, 7], blocks[:, 3] = True, True, True
@@ -151,7 +151,7 @@ def test_rows_of_very_different_lengths(native_kernels):
 @dtypes
 @pytest.mark.parametrize("kind", [k for k in helpers.STRIDES if k != "contiguous"])
 @pytest.mark.parametrize("lead", [(6,), (3, 7)], ids=shape_id)
-def test_strided_x(native, lead, kind, dtype):
+def test_strided_x(backend, lead, kind, dtype):
     call = make_call((40, 57), lead=lead, dtype=dtype, x_strides=kind)
     assert kind == "permuted" or call.tensors["x"].stride() != torch.empty(*lead, 57).stride()
     check_call(call, call.tensors)
@@ -159,7 +159,7 @@ def test_strided_x(native, lead, kind, dtype):
 
 @dtypes
 @pytest.mark.parametrize("kind", [k for k in helpers.STRIDES if k != "contiguous"])
-def test_strided_values_and_bias(native, kind, dtype):
+def test_strided_values_and_bias(backend, kind, dtype):
     # One row for all, it holds no trap: what is past the end in one block is inside in the next.
     call = make_call((40, 57), dtype=dtype, strides=kind, traps=kind != "expanded")
     check_call(call, call.tensors)
@@ -167,7 +167,7 @@ def test_strided_values_and_bias(native, kind, dtype):
 
 @dtypes
 @pytest.mark.parametrize("kind", helpers.STRIDES)
-def test_strided_gradient(native_kernels, kind, dtype):
+def test_strided_gradient(kernels, kind, dtype):
     """The incoming gradient may have any strides; that of ``out.sum()`` has strides of 0."""
     call = make_call(lead=(3, 4), dtype=dtype, activation="gelu")
     check_call(call, call.tensors, grad_out=helpers.lay_out(random_grad(call), kind))
@@ -176,7 +176,7 @@ def test_strided_gradient(native_kernels, kind, dtype):
 
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (2, 3)], ids=shape_id)
-def test_narrow_weights(native_kernels, shape, dtype):
+def test_narrow_weights(kernels, shape, dtype):
     """A weight that is smaller than a block, down to one element."""
     for tokens in (1, 21):
         call = make_call(shape, 16, 1.0, lead=(tokens,), dtype=dtype, holes=False)
@@ -185,7 +185,7 @@ def test_narrow_weights(native_kernels, shape, dtype):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @dtypes
-def test_what_a_row_does_not_select(native, dtype, bad):
+def test_what_a_row_does_not_select(backend, dtype, bad):
     """A column that is not finite shows in the rows that select it, and in no other, nor in their gradients."""
     ticket = make_ticket((48, 64), 16, 0.5, seed=3, holes=False)
     for tokens in (2, 30):
@@ -207,7 +207,7 @@ def test_what_a_row_does_not_select(native, dtype, bad):
 
 @dtypes
 @activations
-def test_nan_stays_in_its_token(native, activation, dtype):
+def test_nan_stays_in_its_token(backend, activation, dtype):
     """It spoils its own output, through relu too, and that of no other token."""
     call = make_call((48, 64), 16, 1.0, lead=(70,), dtype=dtype, activation=activation, holes=False)
     clean = helpers.gradients(call, ["x"], torch.ones(call.out_shape))
@@ -220,7 +220,7 @@ def test_nan_stays_in_its_token(native, activation, dtype):
 
 @dtypes
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_far_from_zero(native, activation, dtype):
+def test_far_from_zero(backend, activation, dtype):
     """What the activation is taken of, over all its range: nothing overflows, and the tails are flat."""
     call = make_call((40, 56), lead=(9,), activation=activation, dtype=dtype)
     call.tensors["bias"] = torch.linspace(-60, 60, 40, dtype=torch.float64).to(call.tensors["bias"])
@@ -230,7 +230,7 @@ def test_far_from_zero(native, activation, dtype):
     assert not found["values"][0, 0].any()
 
 
-def test_gelu_is_the_exact_one(native64):
+def test_gelu_is_the_exact_one(backend64):
     """By the error function: the approximation by tanh is off by up to 5e-4."""
     call = make_call(density=0.0, lead=(1,), activation="gelu")
     call.tensors["bias"] = torch.linspace(-4, 4, 40, dtype=torch.float64)
@@ -241,7 +241,7 @@ def test_gelu_is_the_exact_one(native64):
 @dtypes
 @activations
 @pytest.mark.parametrize("tokens", [3, 301])
-def test_repeats_are_bitwise_equal(native, tokens, activation, dtype):
+def test_repeats_are_bitwise_equal(backend, tokens, activation, dtype):
     call = make_call((100, 136), 8, lead=(tokens,), dtype=dtype, activation=activation)
     grad_out = random_grad(call)
     first = helpers.gradients(call, call.tensors, grad_out)
@@ -274,7 +274,7 @@ def test_float16_is_served_by_the_reference():
 
 
 @dtypes
-def test_definition_is_the_dense_layer(native, dtype):
+def test_definition_is_the_dense_layer(backend, dtype):
     """The oracle itself: the dense linear layer on the scattered weight."""
     call = make_call((40, 57), lead=(4,), dtype=dtype, activation="relu", traps=False).to(torch.float64)
     weight = call.ticket.scatter(call.tensors["values"])
@@ -282,7 +282,7 @@ def test_definition_is_the_dense_layer(native, dtype):
     torch.testing.assert_close(call(pyeff.reference.ticket_linear), z.relu(), rtol=1e-12, atol=1e-12)
 
 
-def test_more_rows_than_a_tile_of_everything(native_kernels):
+def test_more_rows_than_a_tile_of_everything(kernels):
     """Many blocks in a row and a column, many tokens: several tiles, and runs of neighbouring blocks, in each sum."""
     dtype = places.here().dtypes[0]
     call = make_call((520, 777), 32, 0.6, lead=(200,), dtype=dtype, activation="gelu")
