@@ -1,6 +1,8 @@
 // What the ticket's CUDA kernels are launched with, for the resource report; see read.cpp.
 #include <initializer_list>
 
+#include "cuda/launch.cuh"
+#include "cuda/ticket_resident.cuh"
 #include "cuda/ticket_vector.cuh"
 #include "cuda/ticket_wgmma.cuh"
 #include "dev/launches/line.h"
