@@ -32,6 +32,7 @@ STACK_ALLOWED: dict[str, str] = {}
 # CUDA kernels without a launch: name -> why.
 NOT_LAUNCHED = {"probe": "its attributes tell whether the library serves a device"}
 LAUNCHES = ROOT / "csrc" / "dev" / "launches"
+SOURCES = ROOT / "csrc" / "cuda"
 
 _HEAD = '''"""Tuning configurations that fail a gate on an architecture, by name and with the reason; see docs/gpu.md.
 
@@ -205,6 +206,10 @@ def cuda(report: Report, build: Path, plans: Mapping[str, Launched] | None = Non
     found = []
     for log in logs:
         found += ptxas.usages(log.read_text(), log.with_suffix(""), aot.CACHE)
+    # A build that stopped half-way has kept the reports of some sources.
+    wanted = {source.name for source in SOURCES.glob("*.cu")} if plans is None else set()
+    if absent := sorted(wanted - {log.name.removesuffix(".o.log") for log in logs}):
+        report.failures.append(f"CUDA C++: {build} has no report on {', '.join(absent)}; build it to the end")
     found, failures = launched(found, launches() if plans is None else plans)
     report.failures += failures
     missing = sorted(set(ARCHITECTURES) - {usage.arch for usage in found})

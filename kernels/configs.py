@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from .excluded import EXCLUDED
@@ -183,11 +183,21 @@ def _configs(kernel: str, arch: int, itemsize: int, regular: bool, every: bool) 
         found = _ODD[own]
     else:
         found = _FLOAT.get(own, ()) if itemsize == 4 else _HALF[kernel][arch]
-    named = (config._replace(name=f"{kernel}/{config.name}") for config in found)
-    return tuple(config for config in named if every or arch not in EXCLUDED.get(config.name, {}))
+    return named(kernel, found, arch, every)
+
+
+def named(kernel: str, found: Sequence[Config], arch: int, every: bool) -> tuple[Config, ...]:
+    """A kernel's configurations under their full names, without those that are excluded unless ``every`` counts."""
+    full = (config._replace(name=f"{kernel}/{config.name}") for config in found)
+    return tuple(config for config in full if every or arch not in EXCLUDED.get(config.name, {}))
 
 
 _every = False
+
+
+def every_counts() -> bool:
+    """Whether excluded ones count; see :func:`with_excluded`."""
+    return _every
 
 
 @contextlib.contextmanager

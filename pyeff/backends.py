@@ -59,7 +59,10 @@ if _choice not in (*NAMES, "auto"):
 
 # For tests: the GPU's kernels serve CPU tensors, Triton's by its interpreter and those of CUDA C++ by a build of the
 # same source for the CPU. Only where they are named: this is slow.
-EMULATED = os.environ.get("PYEFF_EMULATE", "0") not in ("", "0")
+_emulate = os.environ.get("PYEFF_EMULATE", "0")
+if _emulate not in ("", "0", "1", "all"):
+    raise ValueError(f"PYEFF_EMULATE is {_emulate!r}, expected 0, 1 or all")
+EMULATED = _emulate in ("1", "all")
 _TRITON_FIRST = EMULATED and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
 if EMULATED:
     # Triton decides as it is imported whether it interprets, and torch may import it before a kernel is called.

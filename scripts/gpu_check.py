@@ -11,6 +11,7 @@ import csv
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -24,11 +25,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from gpu_run import LEFT_OUT, Command, Part, dry_run, run, table  # noqa: E402
 
-OPS = ("read",)
+OPS = ("read", "ticket")
 ONLY = ("test", "bench", "profile")
 BACKENDS = ("cuda", "triton")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SECONDS = 525.0
+LIBRARY = ROOT / "pyeff" / "_C.abi3.so"
 SUMMARY, SANITIZE_LOG, PROFILE_LOG = "gpu_check.json", "sanitize.log", "profile.log"
 LOGS = ("build.log", "device.log", "suite.log", SANITIZE_LOG, "bench.log", PROFILE_LOG)
 # The architecture whose own instructions (wgmma) a kernel may use; the others' code needs no suffix.
@@ -46,12 +48,21 @@ OPTIONAL = {
 }  # fmt: skip
 
 
+def seconds(text: str) -> float:
+    given = float(text)
+    if not given >= 10:
+        raise argparse.ArgumentTypeError(f"{text}, expected at least 10")
+    return given
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu_check.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=ONLY, action="append", help="this alone, after the build; may be repeated")
     parser.add_argument("--op", choices=OPS, help="tests, times and profiles of this operation alone")
     parser.add_argument("--out", type=Path, help="the folder for JSON and logs; default: $OUT, or build/gpu_check")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="the time for everything (default %(default)g)")
+    parser.add_argument(
+        "--seconds", type=seconds, default=SECONDS, help="the time for everything (default %(default)g)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print each command, run what needs no GPU")
     return parser
 
@@ -168,7 +179,7 @@ def sanitizers(found: dict, op: str | None, dry: bool) -> list[Part]:
         part.reason = "" if found["compute-sanitizer"] else "compute-sanitizer is not here"
         part.excuses = {"Device not supported": "compute-sanitizer does not support this device"}
         parts.append(part)
-    if dry:
+    if dry and LIBRARY.exists():
         small = [sys.executable, "scripts/gpu_sanitize.py", "--backend", "cpu", "--device", "cpu"]
         parts[0].commands.append(Command(small, dry=True))
         parts[0].reason = ""
@@ -179,10 +190,10 @@ def backends(found: dict) -> list[str]:
     return [name for name in BACKENDS if name != "triton" or found["triton"]]
 
 
-def benchmarks(found: dict, op: str | None, out: Path, dry: bool, seconds: float) -> list[Part]:
-    program, what = [sys.executable, "-m", "benchmarks"], [op] if op else ["read"]
+def benchmarks(found: dict, op: str | None, out: Path, dry: bool, seconds: float, size: str) -> list[Part]:
+    program, what = [sys.executable, "-m", "benchmarks"], [op] if op else []
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "gpu_inductor")}
-    on_gpu = [*program, *what, "--device", "cuda", "--size", "quick"]
+    on_gpu = [*program, *what, "--device", "cuda", "--size", size]
     # A compiled rival takes a minute to compile: while the tests run, so that the times are taken on a quiet machine.
     warm = Part("compile", "suite", 140, "bench.log", [Command([*on_gpu, "--compile-only"], cache)], optional=True)
     budget = seconds - 30
@@ -198,10 +209,10 @@ def benchmarks(found: dict, op: str | None, out: Path, dry: bool, seconds: float
 def profiles(found: dict, op: str | None) -> Part:
     part = Part("profile", "profile", 75, PROFILE_LOG)
     sections = [word for name in ("SpeedOfLight", "LaunchStats", "Occupancy") for word in ("--section", name)]
-    for name in backends(found):
+    for stem, name in itertools.product((op,) if op else OPS, backends(found)):
         watch = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--target-processes",
                  "application-only", *sections, "--page", "details", "--csv"]  # fmt: skip
-        call = [sys.executable, "scripts/gpu_profile.py", *(["--op", op] if op else []), "--backend", name]
+        call = [sys.executable, "scripts/gpu_profile.py", "--op", stem, "--backend", name]
         part.commands.append(Command([*watch, *call]))
     part.reason = "" if found["ncu"] else "ncu is not here"
     part.expected = '"Kernel Name"'
@@ -219,9 +230,10 @@ def plan(found: dict, options: argparse.Namespace, out: Path) -> list[Part]:
     if "test" in only:
         parts += tests(found, options.op, dry) + sanitizers(found, options.op, dry)
     if "bench" in only:
-        seconds = 130.0 if "test" in only else max(60.0, options.seconds - 200)
-        warm, times = benchmarks(found, options.op, out, dry, seconds)
-        parts += [warm, times] if "test" in only else [times]
+        beside = "test" in only
+        seconds = 130.0 if beside else max(60.0, options.seconds - 200)
+        warm, times = benchmarks(found, options.op, out, dry, seconds, "quick" if beside else "default")
+        parts += [warm, times] if beside else [times]
     if "profile" in only:
         parts.append(profiles(found, options.op))
     return parts
@@ -305,11 +317,16 @@ def write(folder: Path, found: dict, options: argparse.Namespace, parts: list[Pa
 
 
 def main(words: list[str] | None = None) -> int:
-    options = arguments().parse_args(words)
+    parser = arguments()
+    options = parser.parse_args(words)
     deadline = time.monotonic() + options.seconds
     os.chdir(ROOT)
     out = (options.out or Path(os.environ.get("OUT") or "build/gpu_check")).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SUMMARY).touch()
+    except OSError as error:
+        parser.error(f"--out is {out}, which cannot be written to: {error.strerror}")
     for name in (*LOGS, SUMMARY):
         (out / name).unlink(missing_ok=True)
     found = tools()
@@ -320,6 +337,10 @@ def main(words: list[str] | None = None) -> int:
         print(f"gpu_check: {line}", file=sys.stderr)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     if options.dry_run:
+        if not found["torch"]:  # what needs no GPU needs torch nevertheless
+            for part in parts:
+                for command in part.commands:
+                    command.dry = False
         dry_run(parts, out, deadline)
     elif why:
         for part in parts:

@@ -4,26 +4,55 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pyeff
 from benchmarks import read, read_rivals
+
+
+def read_calls(options: argparse.Namespace, dtype: torch.dtype) -> list[Callable[[], object]]:
+    sets = read.make(2, 0, tokens=options.tokens, cell=options.cell, dtype=dtype, device="cuda", training=True)
+    return read_rivals.fused_by(options.backend, sets)
+
+
+def ticket_calls(options: argparse.Namespace, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """The widening layer of a BERT of 768, with the gelu that follows it."""
+    torch.manual_seed(0)
+    out, width, block = 3072, 768, options.block
+    made = pyeff.Ticket.from_blocks(
+        torch.rand(-(-out // block), -(-width // block)) < options.density, (out, width), block
+    )
+    shapes = ((options.tokens, width), (made.nnz, block, block), (out,))
+    leaves = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+    grad_out, made = torch.randn(options.tokens, out, device="cuda", dtype=dtype), made.to("cuda")
+
+    def call() -> object:
+        with pyeff.backend(options.backend):
+            y = pyeff.ops.ticket_linear(leaves[0], leaves[1], made, leaves[2], activation="gelu")
+            return torch.autograd.grad(y, leaves, grad_out)
+
+    return [call]
+
+
+CALLS = {"read": read_calls, "ticket": ticket_calls}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=("read",), default="read")
+    parser.add_argument("--op", choices=tuple(CALLS), default="read")
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
-    parser.add_argument("--cell", choices=("rnn", "gru", "lstm"), default="gru")
+    parser.add_argument("--cell", choices=("rnn", "gru", "lstm"), default="gru", help="of read")
+    parser.add_argument("--block", type=int, default=32, help="of ticket")
+    parser.add_argument("--density", type=float, default=0.3, help="of ticket")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tokens", type=int, default=32768)
     options = parser.parse_args(arguments)
-    dtype = getattr(torch, options.dtype)
-    sets = read.make(2, 0, tokens=options.tokens, cell=options.cell, dtype=dtype, device="cuda", training=True)
-    calls = read_rivals.fused_by(options.backend, sets)
+    calls = CALLS[options.op](options, getattr(torch, options.dtype))
     for call in calls:
         call()
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Small calls of the kernels, for compute-sanitizer: every cell, norm and dtype, sizes that no tile divides.
+"""Small calls of the kernels, for compute-sanitizer: every option and dtype, sizes that no tile divides.
 
 Numbers are drawn on the CPU and copied, so that nearly every kernel that the sanitizer watches is one of ours.
 """
@@ -48,21 +48,52 @@ def read(device: str, cell: str, norm: str, dtype: torch.dtype, tokens: int, lay
     return [t.cpu() for t in found]
 
 
+# shape, block, density, tokens, activation, dtype: each size of blocks with tiles of its own, few tokens and many, a
+# size that is nobody's, no block at all.
+TICKET = [
+    *(((96 + odd, 160 - odd), (b, b), 0.4, tokens, activation, dtype)
+      for b, odd, tokens, activation, dtype in (
+          (8, 3, 70, "gelu", torch.bfloat16), (16, 0, 150, "relu", torch.bfloat16), (16, 5, 33, None, torch.float16),
+          (32, 0, 131, "gelu", torch.bfloat16), (32, 7, 65, "relu", torch.float32), (32, 0, 3, "gelu", torch.bfloat16),
+          (64, 0, 129, None, torch.bfloat16), (64, 9, 64, "gelu", torch.float16), (128, 0, 40, "relu", torch.bfloat16),
+      )),
+    ((50, 70), (16, 32), 0.5, 20, "gelu", torch.bfloat16),
+    ((20, 9), (3, 5), 0.5, 17, "relu", torch.float32),
+    ((64, 64), (32, 32), 0.0, 5, None, torch.bfloat16),
+]  # fmt: skip
+
+
+def ticket(device: str, shape, block, density: float, tokens: int, activation: str | None, dtype: torch.dtype):
+    """The output and every gradient."""
+    grid = [-(-size // b) for size, b in zip(shape, block, strict=True)]
+    made = pyeff.Ticket.from_blocks(torch.rand(grid) < density, shape, block)
+    given = [torch.randn(tokens, shape[1]), made.gather(torch.randn(shape) / shape[1] ** 0.5), torch.randn(shape[0])]
+    x, values, bias = leaves = [t.to(dtype).to(device).requires_grad_() for t in given]
+    out = pyeff.ops.ticket_linear(x, values, made.to(device), bias, activation=activation)
+    grad_out = torch.randn(tokens, shape[0]).to(dtype).to(device)
+    return [t.detach().cpu() for t in (out, *torch.autograd.grad(out, leaves, grad_out))]
+
+
+CALLS = {"read": (read, READ), "ticket": (ticket, TICKET)}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=("read",), default="read")
+    parser.add_argument("--op", choices=tuple(CALLS), action="append", help="these alone; may be repeated")
     parser.add_argument("--backend", choices=("cuda", "triton", "cpu"), default="cuda")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     with pyeff.backend(options.backend):
-        for case in READ:
-            if case[2] == torch.float16 and options.backend == "cpu":
-                continue
-            wrong = not all(t.isfinite().all() for t in read(options.device, *case))
-            print(*case, "NOT FINITE" if wrong else "done", flush=True)
-            if wrong:
-                return 1
+        for op in options.op or CALLS:
+            call, cases = CALLS[op]
+            for case in cases:
+                if torch.float16 in case and options.backend == "cpu":
+                    continue
+                wrong = not all(t.isfinite().all() for t in call(options.device, *case))
+                print(op, *case, "NOT FINITE" if wrong else "done", flush=True)
+                if wrong:
+                    return 1
     return 0
 
 

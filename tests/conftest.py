@@ -17,7 +17,9 @@ try:
     import hypothesis
 except ImportError:  # a bare machine: the tests of properties are left out
     hypothesis = None
-    collect_ignore = ["test_read_properties.py", "test_read_fuzz.py"]
+    collect_ignore = [
+        "test_read_properties.py", "test_read_fuzz.py", "test_ticket_properties.py", "test_ticket_fuzz.py"
+    ]  # fmt: skip
 
 # The tests are small, and run side by side: threads would only wait for each other. Those about threads set their own.
 torch.set_num_threads(1)
@@ -77,12 +79,18 @@ def seed():
     torch.manual_seed(0)
 
 
+def tested_operation(request):
+    """The operation that a test is about: its parameter ``op``, or what its module names as ``OPERATION``."""
+    parameters = getattr(request.node, "callspec", NO_PARAMETERS).params
+    return parameters.get("op") or getattr(request.module, "OPERATION", "read_recurrence")
+
+
 def place_fixture(chosen):
     """A fixture that runs a test at each of the places, with the place in force, and gives it the backend's name."""
 
     @pytest.fixture(params=chosen, ids=str)
     def place(request):
-        helpers.need("read_recurrence", request.param.backend)
+        helpers.need(tested_operation(request), request.param.backend)
         with places.at(request.param):
             yield request.param.backend
 
@@ -96,3 +104,7 @@ backend64 = place_fixture([place for place in places.PLACES if torch.float64 in 
 kernels64 = place_fixture([place for place in places.KERNELS if torch.float64 in place.dtypes])
 cpu_kernels = place_fixture([place for place in places.KERNELS if place.backend == "cpu"])
 gpu_kernels = place_fixture([place for place in places.KERNELS if place.device == "cuda"])
+# The same without emulated ones, for tests that are too large for them.
+native = place_fixture([place for place in places.PLACES if not place.emulated])
+native_kernels = place_fixture([place for place in places.KERNELS if not place.emulated])
+native64 = place_fixture([place for place in places.PLACES if torch.float64 in place.dtypes and not place.emulated])

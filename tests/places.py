@@ -33,9 +33,13 @@ class Place(NamedTuple):
     backend: str
     device: str
 
+    @property
+    def emulated(self) -> bool:
+        """Whether a GPU's kernels run on CPU tensors there."""
+        return self.backend in ("triton", "cuda") and self.device == "cpu"
+
     def __str__(self) -> str:
-        emulated = self.backend in ("triton", "cuda") and self.device == "cpu"
-        where = "emulated" if emulated else "" if self.device == "cpu" else f"on_{self.device}"
+        where = "emulated" if self.emulated else "" if self.device == "cpu" else f"on_{self.device}"
         return "_".join(filter(None, (self.backend, where)))
 
     @property

@@ -62,7 +62,9 @@ def test_help_and_wrong_arguments():
     for words, message in (
         (["--only", "everything"], "invalid choice: 'everything'"),
         (["--op", "nothing"], "invalid choice: 'nothing'"),
-        (["--seconds", "soon"], "invalid float value"),
+        (["--seconds", "soon"], "invalid seconds value: 'soon'"),
+        (["--seconds", "-5"], "-5, expected at least 10"),
+        (["--out", "/proc/no"], "cannot be written to"),
         (["run"], "unrecognized arguments: run"),
     ):
         refused = check(*words)

@@ -366,3 +366,12 @@ def test_the_script_prints_the_skips_and_fails_with_a_gate(tmp_path, capsys, mon
     assert "FAIL: k on sm_90 fails a gate" in printed
     assert (tmp_path / "out" / "resources.json").exists()
     assert gpu_resources.main(["--build", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "cuda"]) == 0
+
+
+def test_a_build_that_stopped_half_way(tmp_path, monkeypatch):
+    """The kernels of a source without a report are missed, not forgotten."""
+    monkeypatch.setattr(gates, "launches", dict)
+    (tmp_path / "read.cu.o.log").touch()
+    report = gates.Report()
+    gates.cuda(report, tmp_path)
+    assert any("no report on" in line and "read_backward.cu" in line for line in report.failures)

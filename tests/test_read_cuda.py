@@ -161,6 +161,14 @@ def fill_free_memory(pattern: int) -> None:
     del blocks
 
 
+@dtypes
+@pytest.mark.parametrize("cell", CELLS)
+def test_tokens_for_the_largest_tiles(gpu_kernels, cell, dtype):
+    """So many that every kernel takes its largest tiles, which the small sizes of the other tests never do."""
+    call = make_read(cell, "layer", lead=(20011,), layers=2, d=264, r=256, dtype=dtype)
+    helpers.check_read(call, call.tensors)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @dtypes
 @pytest.mark.parametrize("cell", CELLS)

@@ -1,4 +1,4 @@
-// exp, sigmoid and tanh on whole vectors, to a few units in the last place.
+// exp, sigmoid, tanh and gelu on whole vectors, to a few units in the last place.
 #pragma once
 
 #include "simd.h"
@@ -76,6 +76,61 @@ PYEFF_INLINE Vec<T> tanh(Vec<T> x) {
   Vec<T> m = e.scale * e.tail + (e.scale - T(1));
   Vec<T> t = m / (m + T(2));
   return bit_cast<Vec<T>>(Int(bit_cast<Int>(t) | sign));
+}
+
+// The tail of the normal distribution: the probability of less than -a is exp(-a^2 / 2) t P(u), where t = 1 / (1 + c a)
+// and u is t moved to [-1, 1]. P is the Chebyshev interpolant in powers of u, accurate to half a unit in the last place
+// from a = 0 up to where the tail is no number any more.
+template <class T>
+struct TailTraits;
+template <>
+struct TailTraits<float> {
+  static constexpr float slope = 0.3f, scale = 2.4694836f, shift = -1.4694836f, last = 13.25f;
+  static constexpr float terms[] = {0x1.06bcf4p-2f,   0x1.4c9c62p-3f,   0x1.13a61cp-4f,   0x1.eae41ap-7f,
+                                    -0x1.4640acp-12f, -0x1.03368ap-10f, -0x1.5075a8p-15f, 0x1.4b6212p-14f,
+                                    0x1.8a3774p-20f,  -0x1.9b4abep-18f};
+};
+template <>
+struct TailTraits<double> {
+  static constexpr double slope = 0.2, scale = 2.2583979328165374487, shift = -1.2583979328165374487, last = 37.6;
+  static constexpr double terms[] = {
+      0x1.5d1ae2d9c40bcp-3,   0x1.1f517bbff1abbp-3,   0x1.8c62cf339ba6ap-4,   0x1.c5bcc2b6bd3b7p-5,
+      0x1.a4ce016961a10p-6,   0x1.2c589677f3523p-7,   0x1.20ae9f1f989eap-9,   0x1.661925547c751p-13,
+      -0x1.b60b908da25ecp-14, -0x1.418e72125dde9p-15, 0x1.ee3c3983f3ffbp-21,  0x1.d9fd785fd1973p-19,
+      0x1.86a106c0cbdf5p-22,  -0x1.511d677dd7ff2p-22, -0x1.f133bf2b7106bp-25, 0x1.10a18327224d5p-25,
+      0x1.d40055518d71cp-28,  -0x1.fcca08b4a3150p-29, -0x1.759ef9131082fp-31, 0x1.d9c11a88c2274p-32,
+      0x1.c7ab53717363ap-35,  -0x1.279c1107b9f71p-35, -0x1.2746fda5dfdf9p-39};
+};
+
+// What gelu and its derivative are made of: exp(-x^2 / 2), and the probability of less than x.
+template <class T>
+struct Normal {
+  Vec<T> bell, below;
+
+  PYEFF_INLINE explicit Normal(Vec<T> x) {
+    using Tail = TailTraits<T>;
+    constexpr int count = int(sizeof(Tail::terms) / sizeof(T));
+    const Vec<T> a = x < 0 ? -x : x;
+    SplitExp<T> e(clamp<T>(x * x * T(-0.5), -ExpTraits<T>::largest, T(0)));
+    bell = a > Tail::last ? Vec<T>{} : e.scale + e.scale * e.tail;
+    const Vec<T> t = T(1) / (T(1) + a * Tail::slope), u = t * Tail::scale + Tail::shift;
+    Vec<T> p = splat<Vec<T>>(Tail::terms[count - 1]);
+#pragma GCC unroll 32
+    for (int k = count - 2; k >= 0; --k) p = p * u + Tail::terms[k];
+    const Vec<T> tail = bell * (t * p);
+    below = x < 0 ? tail : T(1) - tail;
+  }
+};
+
+template <class T>
+PYEFF_INLINE Vec<T> gelu(Vec<T> x) {
+  return x * Normal<T>(x).below;
+}
+
+template <class T>
+PYEFF_INLINE Vec<T> gelu_derivative(Vec<T> x) {
+  const Normal<T> n(x);
+  return n.below + x * (n.bell * T(0.3989422804014326779));
 }
 
 }  // namespace PYEFF_ISA

@@ -33,6 +33,10 @@ def bench(
 ) -> None:
     """Times the fused operations against eager, compiled and everything else that is installed."""
     if predict:
+        for name, given in (("--device", device != "auto"), ("--quick", quick), ("--full", full), ("--from", from_file),
+                            ("--plot", plot), ("--list", listing), ("--threads", threads)):  # fmt: skip
+            if given:
+                raise typer.BadParameter(f"{name} does not go with --predict, which runs nothing")
         _predict(op, predict, match, every, json, into, "markdown" if markdown else "text" if table else "")
         return
     if quick and full:

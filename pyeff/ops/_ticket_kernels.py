@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pyeff import backends
 from pyeff.ops import _gpu_choice
@@ -27,6 +28,24 @@ def prefer(device: torch.device, dtype: torch.dtype, values_shape: Sequence[int]
 def grid(values: Tensor, out: int, width: int) -> tuple[int, int]:
     """(R, C): the rows and columns of blocks."""
     return -(-out // values.shape[1]), -(-width // values.shape[2])
+
+
+def check_positions(values: Tensor, index: Tensor, out: int, width: int) -> None:
+    """Raises ValueError where an index leads outside of its weight.
+
+    For the reference; the kernels look for themselves. Only where the numbers are at hand: not while a graph is traced,
+    and not on a GPU, which would have to be waited for.
+    """
+    plain = type(index) is Tensor and not is_functorch_wrapped_tensor(index) and index.device.type == "cpu"
+    if not plain or torch.compiler.is_compiling():
+        return
+    nnz, (rows, columns) = values.shape[0], grid(values, out, width)
+    start, column = index[: rows + 1].long(), index[rows + 1 : rows + 1 + nnz]
+    rises = start[0] == 0 and start[-1] == nnz and bool((start.diff() >= 0).all())
+    if not rises or (nnz and not 0 <= int(column.min()) <= int(column.max()) < columns):
+        raise ValueError(
+            f"ticket_linear: index has a position out of range, expected one of {nnz} blocks in {rows} x {columns}"
+        )
 
 
 def empty_forward(x: Tensor, values: Tensor, out: int, keep: bool) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,7 @@ def _linear(x, values, index, out_features, bias=None, *, activation=None, backe
     chosen = backends.choose("ticket_linear", values.device, values.dtype, backend, transform, prefer)
     activation = activation or "none"
     if chosen == "reference":
+        kernels.check_positions(values, index, out_features, x.shape[-1])
         return reference.ticket.linear(x, values, index, out_features, bias, activation)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
     keep = differentiable and activation == "gelu"

@@ -75,7 +75,7 @@ class Ticket:
             ValueError: ``blocks`` is no bool matrix of that shape; a size is not positive.
         """
         shape, block = _shape(shape), _block(block)
-        grid = _grid(shape, block)
+        grid = _checked_grid(shape, block)
         if not isinstance(blocks, Tensor) or blocks.dtype != torch.bool or tuple(blocks.shape) != grid:
             raise ValueError(
                 f"Ticket: blocks is {_describe(blocks)}, expected a bool tensor {list(grid)} for shape {list(shape)} "
@@ -175,10 +175,7 @@ class Ticket:
         Raises:
             ValueError: ``dense`` has another shape or is on another device than the ticket.
         """
-        if tuple(dense.shape) != self.shape or dense.device != self.index.device:
-            raise ValueError(
-                f"Ticket.gather: dense is {_describe(dense)}, expected {list(self.shape)} on {self.index.device}"
-            )
+        self._check_tensor("gather", "dense", dense, self.shape)
         blocks = _to_blocks(dense, self.block)
         return blocks.flatten(0, 1)[self._positions()]
 
@@ -188,11 +185,7 @@ class Ticket:
         Raises:
             ValueError: ``values`` is not [nnz, bo, bi], or on another device than the ticket.
         """
-        expected = (self.nnz, *self.block)
-        if tuple(values.shape) != expected or values.device != self.index.device:
-            raise ValueError(
-                f"Ticket.scatter: values is {_describe(values)}, expected {list(expected)} on {self.index.device}"
-            )
+        self._check_tensor("scatter", "values", values, (self.nnz, *self.block))
         (rows, columns), (bo, bi), (out, width) = self.grid, self.block, self.shape
         flat = values.new_zeros(rows * columns, bo, bi).index_copy(0, self._positions(), values)
         return flat.view(rows, columns, bo, bi).transpose(1, 2).reshape(rows * bo, columns * bi)[:out, :width]
@@ -201,16 +194,29 @@ class Ticket:
         """A torch.sparse_bsr tensor [out, in] that shares the memory of ``values``.
 
         Raises:
-            ValueError: ``values`` is not [nnz, bo, bi]; or the shape is no multiple of the block, as torch demands.
+            ValueError: ``values`` is not [nnz, bo, bi], or on another device than the ticket; or the shape is no
+                multiple of the block, as torch demands.
         """
-        if tuple(values.shape) != (self.nnz, *self.block):
-            raise ValueError(f"Ticket.to_sparse_bsr: values is {_describe(values)}, expected {[self.nnz, *self.block]}")
+        self._check_tensor("to_sparse_bsr", "values", values, (self.nnz, *self.block))
         if self.shape[0] % self.block[0] or self.shape[1] % self.block[1]:
             raise ValueError(
                 f"Ticket.to_sparse_bsr: shape {list(self.shape)} is no multiple of block {list(self.block)}, which "
                 "torch.sparse_bsr demands"
             )
-        return torch.sparse_bsr_tensor(self.row_start, self.column, values, size=self.shape)
+        # Checked when the ticket was made.
+        return torch.sparse_bsr_tensor(self.row_start, self.column, values, size=self.shape, check_invariants=False)
+
+    def _check_tensor(self, method: str, name: str, t: object, shape: tuple[int, ...]) -> None:
+        if (
+            not isinstance(t, Tensor)
+            or tuple(t.shape) != shape
+            or t.device != self.index.device
+            or t.layout != torch.strided
+        ):
+            raise ValueError(
+                f"Ticket.{method}: {name} is {_describe(t)}, expected a dense tensor {list(shape)} on "
+                f"{self.index.device}"
+            )
 
     def _positions(self) -> Tensor:
         """The place of every stored block among all R C, int64."""
@@ -223,8 +229,9 @@ class Ticket:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Ticket):
             return NotImplemented
-        same = self.shape == other.shape and self.block == other.block
-        return same and torch.equal(self.index, other.index)
+        if self.shape != other.shape or self.block != other.block:
+            return False
+        return self.index is other.index or torch.equal(self.index, other.index.to(self.index.device))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -256,22 +263,32 @@ def _grid(shape: tuple[int, int], block: Sequence[int]) -> tuple[int, int]:
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
-def _pair(name: str, value: object, expected: str) -> tuple[int, int]:
+def _checked_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = _grid(shape, block)
+    if rows * columns >= 2**31:
+        raise ValueError(
+            f"Ticket: shape {list(shape)} has {rows} x {columns} blocks of {list(block)}, expected less than 2^31"
+        )
+    return rows, columns
+
+
+def _pair(name: str, value: object, pair: object, expected: str) -> tuple[int, int]:
     try:
-        pair = tuple(map(operator.index, value)) if isinstance(value, Iterable) else (operator.index(value),) * 2  # type: ignore[arg-type]
+        numbers = tuple(map(operator.index, pair))  # type: ignore[arg-type, call-overload]
     except TypeError:
-        pair = ()
-    if len(pair) != 2 or min(pair) < 1:
+        numbers = ()
+    if len(numbers) != 2 or min(numbers) < 1:
         raise ValueError(f"Ticket: {name} is {value!r}, expected {expected}")
-    return pair  # type: ignore[return-value]
+    return numbers  # type: ignore[return-value]
 
 
 def _shape(shape: object) -> tuple[int, int]:
-    return _pair("shape", shape, "(out, in), both at least 1")
+    return _pair("shape", shape, shape, "(out, in), both at least 1")
 
 
 def _block(block: object) -> tuple[int, int]:
-    return _pair("block", block, "one positive number or (bo, bi)")
+    pair = block if isinstance(block, Iterable) else (block, block)
+    return _pair("block", block, pair, "one positive number or (bo, bi)")
 
 
 def _describe(value: object) -> str:
@@ -289,20 +306,17 @@ def _to_blocks(dense: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def _build_index(blocks: Tensor) -> Tensor:
-    rows, columns = blocks.shape
     by_row, by_column = blocks.sum(1), blocks.sum(0)
     row, column = blocks.nonzero(as_tuple=True)
-    # Where each block is stored, looked up column by column.
-    stored = torch.zeros(rows, columns, dtype=torch.int64, device=blocks.device)
-    stored[row, column] = torch.arange(row.numel(), device=blocks.device)
-    column_of, row_of = blocks.t().nonzero(as_tuple=True)
+    # Stored row by row: what keeps the order among equal columns goes through each column by rows.
+    slot = torch.argsort(column, stable=True)
     zero = by_row.new_zeros(1)
     parts = (
         torch.cat((zero, by_row.cumsum(0))),
         column,
         torch.cat((zero, by_column.cumsum(0))),
-        row_of,
-        stored[row_of, column_of],
+        row[slot],
+        slot,
         torch.argsort(by_row, descending=True, stable=True),
         torch.argsort(by_column, descending=True, stable=True),
     )
@@ -311,17 +325,19 @@ def _build_index(blocks: Tensor) -> Tensor:
 
 def _check_index(ticket: Ticket) -> None:
     """Raises ValueError unless the index is the very one that its blocks have."""
-    index, (rows, columns) = ticket.index, ticket.grid
+    index, (rows, columns) = ticket.index, _checked_grid(ticket.shape, ticket.block)
     wrong = (
         f"Ticket: index is {_describe(index)}, expected the index of a ticket of shape {list(ticket.shape)} and block "
         f"{list(ticket.block)}"
     )
-    if not isinstance(index, Tensor) or index.dtype != torch.int32 or index.dim() != 1:
+    strided = isinstance(index, Tensor) and index.layout == torch.strided
+    if not strided or index.dtype != torch.int32 or index.dim() != 1:
         raise ValueError(wrong)
     extra = index.shape[0] - 2 * rows - 2 * columns - 2
     if extra < 0 or extra % 3 or extra // 3 > rows * columns:
         raise ValueError(f"{wrong}: its length fits no number of blocks")
-    start, column = ticket.row_start, ticket.column
+    # In int64: differences of what may be any numbers must not wrap around.
+    start, column = ticket.row_start.long(), ticket.column
     in_range = start[0] == 0 and start[-1] == ticket.nnz and bool((start.diff() >= 0).all())
     if not in_range or (ticket.nnz and not 0 <= int(column.min()) <= int(column.max()) < columns):
         raise ValueError(f"{wrong}: a position is out of range")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +34,7 @@ def ticket_linear(
     What the blocks of a row do not select of x plays no part in that row's output, whatever it holds.
 
     Raises:
-        ValueError: an unknown activation, or shapes that do not fit.
+        ValueError: an unknown activation, or shapes or dtypes that do not fit.
 
     Example:
         >>> import torch, pyeff
@@ -41,11 +43,31 @@ def ticket_linear(
         torch.Size([5, 24])
     """
     check_activation("ticket_linear", activation)
-    return linear(x, values, ticket.index, ticket.shape[0], bias, activation)
+    out, width = ticket.shape
+    expected = {"x": (*x.shape[:-1], width), "values": (ticket.nnz, *ticket.block), "bias": (out,)}
+    for name, t in (("x", x), ("values", values), ("bias", bias)):
+        if t is not None and tuple(t.shape) != expected[name]:
+            raise ValueError(
+                f"ticket_linear: {name} has shape {list(t.shape)}, expected {list(expected[name])} for {ticket!r}"
+            )
+        if t is not None and t.dtype != values.dtype:
+            raise ValueError(f"ticket_linear: {name} is {t.dtype}, expected {values.dtype} as values")
+    return linear(x, values, ticket.index, out, bias, activation)
 
 
 def linear(x: Tensor, values: Tensor, index: Tensor, out: int, bias: Tensor | None, activation: str | None) -> Tensor:
     """The same from the parts of a ticket, all of them tensors and numbers."""
+    dtype, device = values.dtype, values.device.type
+    # Sums and what they are made of are in float32 at least, also where autocast would have it otherwise.
+    wide = torch.promote_types(dtype, torch.float32)
+    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with plain:
+        z = _sums(x.to(wide), values.to(wide), index, out)
+        return activate(z if bias is None else z + bias, activation).to(dtype)
+
+
+def _sums(x: Tensor, values: Tensor, index: Tensor, out: int) -> Tensor:
+    """``x W^T``: every living block's product, added up by rows."""
     (nnz, bo, bi), width = values.shape, x.shape[-1]
     rows, columns = -(-out // bo), -(-width // bi)
     start, column = index[: rows + 1].long(), index[rows + 1 : rows + 1 + nnz].long()
@@ -58,5 +80,4 @@ def linear(x: Tensor, values: Tensor, index: Tensor, out: int, bias: Tensor | No
     tokens = F.pad(x.reshape(-1, width), (0, columns * bi - width)).view(-1, columns, bi)
     products = torch.einsum("nki,koi->kno", tokens[:, column], values)
     sums = products.new_zeros(rows, products.shape[1], bo).index_add(0, row, products)
-    z = sums.transpose(0, 1).reshape(-1, rows * bo)[:, :out].reshape(*x.shape[:-1], out)
-    return activate(z if bias is None else z + bias, activation)
+    return sums.transpose(0, 1).reshape(-1, rows * bo)[:, :out].reshape(*x.shape[:-1], out)

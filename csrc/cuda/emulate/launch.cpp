@@ -185,9 +185,14 @@ std::string run_cluster(const Launch& how, int64_t number, uint64_t seed) {
   return what;
 }
 
-uint64_t chosen_seed() {
+// False where it is set to something that is no number.
+bool chosen_seed(uint64_t* seed) {
+  *seed = 1;
   const char* text = std::getenv("PYEFF_EMULATE_SEED");
-  return text != nullptr ? std::strtoull(text, nullptr, 10) : 1;
+  if (text == nullptr) return true;
+  char* end = nullptr;
+  *seed = std::strtoull(text, &end, 10);
+  return end != text && *end == '\0';
 }
 
 }  // namespace
@@ -213,7 +218,10 @@ const char* launch(const Launch& how, const char* caller, void (*run)(const void
   m.run = run;
   m.call = call;
   m.host.adopt();
-  const uint64_t seed = chosen_seed();
+  uint64_t seed;
+  if (!chosen_seed(&seed))
+    return complain(name, std::string("PYEFF_EMULATE_SEED is '") + std::getenv("PYEFF_EMULATE_SEED") +
+                              "', expected a whole number");
   const int64_t clusters = int64_t{how.grid_x / how.cluster} * how.grid_y * how.grid_z;
   // Blocks come in any order on a GPU: a stride without a common divisor takes each once.
   uint64_t state = seed;

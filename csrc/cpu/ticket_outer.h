@@ -1,0 +1,279 @@
+// The gradients of a ticket's values and bias: of each living block the sum over tokens of g^T x, and the sum of g.
+//
+// Tokens are taken a chunk at a time: x and g are packed by columns and rows of blocks, by all threads, then every
+// living block adds its chunk. The vectors of one tile may come from several blocks of a row, so that narrow blocks
+// fill it, too. The order of the sums is one, whatever the number of threads.
+#pragma once
+
+#include "ticket_index.h"
+#include "ticket_source.h"
+
+namespace pyeff {
+namespace PYEFF_ISA {
+
+// sums[i][j] = sum over p < k of left[p][i] right[j][p], MR rows by NV vectors, each of which has a packed column of
+// its own.
+template <class Op, int MR, int NV>
+__attribute__((noinline)) void outer_tile(typename Op::Acc* sums, const typename Op::Element* left,
+                                          const typename Op::Element* const* right, int64_t k) {
+  using Element = typename Op::Element;
+  using V = Vec<typename Op::Acc>;
+  constexpr int lanes = kLanes<typename Op::Acc>;
+  V acc[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = V{};
+  const Element* column[NV];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) column[j] = right[j];
+#pragma GCC unroll 1
+  for (int64_t p = 0; p < k; ++p, left += MR) {
+    decltype(Op::load_vector(left)) vector[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) vector[j] = Op::load_vector(column[j] + p * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      auto one = Op::broadcast(left + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = Op::fma(one, vector[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(sums + (i * NV + j) * lanes, acc[i][j]);
+}
+
+// Columns of a [tokens, width] source, by blocks, as tile operands: [block][piece of the block][step][piece]. The piece
+// is a vector of the right operand or the rows of a tile of the left one. What a block lacks to whole pieces is not
+// written, and what comes of it is dropped.
+template <class T, int kPiece>
+struct ColumnPack {
+  using Op = Operand<T>;
+  using Element = typename Op::Element;
+  using C = Compute<T>;
+  static constexpr int kLength = kLanes<C>, kStrip = 4;  // vectors of a strip, which one pass over the tokens takes
+
+  int64_t width, block, steps_total;  // the steps that a chunk has room for
+
+  int64_t pieces() const { return ceil_div(block, kPiece); }
+  int64_t elements() const { return ceil_div(width, block) * pieces() * kPiece * steps_total; }
+  int64_t strips() const { return ceil_div(width, kStrip * kLength); }
+  const Element* piece(const Element* packed, int64_t b, int64_t i) const {
+    return packed + (b * pieces() + i) * kPiece * steps_total;
+  }
+  int64_t offset(int64_t column) const {
+    const int64_t b = column / block, r = column % block;
+    return (b * pieces() + r / kPiece) * kPiece * steps_total + r % kPiece;
+  }
+
+  // Adds the column sums of one strip over the tokens [first, first + count) to `sums`, if any; packs it, if wanted.
+  template <class Source>
+  __attribute__((noinline)) void strip(Element* packed, C* sums, const Source& source, int64_t index, int64_t first,
+                                       int64_t count) const {
+    constexpr int kPart = kPiece < kLength ? kPiece : kLength;  // lanes that stay together
+    const int64_t begin = index * kStrip * kLength, left = width - begin;
+    const bool regular = block % kPiece == 0 && block % kPart == 0;
+    int64_t offsets[kStrip * kLength];
+    for (int64_t i = 0; i < smaller(left, kStrip * kLength); ++i) offsets[i] = offset(begin + i);
+    Vec<C> total[kStrip] = {};
+    auto value = [&](int64_t token, int v) {
+      const Vec<C> x = source.value(token, begin + v * kLength, left - v * kLength);
+      total[v] += x;
+      return x;
+    };
+    for (int64_t t = 0; t < count; t += Op::kPack) {
+      for (int v = 0; v < kStrip && v * kLength < left; ++v) {
+        Element vector[kLength];
+        const Vec<C> x = value(first + t, v);
+        if constexpr (Op::kPack == 1) {
+          __builtin_memcpy(vector, &x, sizeof vector);
+        } else {
+          const UInt32V low = rounded_bits(x);
+          const UInt32V pair = low | (t + 1 < count ? rounded_bits(value(first + t + 1, v)) : UInt32V{}) << 16;
+          __builtin_memcpy(vector, &pair, sizeof vector);
+        }
+        if (!packed) continue;
+        Element* to = packed + t / Op::kPack * kPiece;
+        const int64_t* at = offsets + v * kLength;
+        if (regular && left - v * kLength >= kLength) {
+          for (int l = 0; l < kLength; l += kPart) __builtin_memcpy(to + at[l], vector + l, kPart * sizeof(Element));
+        } else {
+          for (int l = 0; l < smaller(kLength, left - v * kLength); ++l) to[at[l]] = vector[l];
+        }
+      }
+    }
+    for (int v = 0; sums && v < kStrip && v * kLength < left; ++v) {
+      C* at = sums + begin + v * kLength;
+      store_first(at, first ? load_first(at, left - v * kLength) + total[v] : total[v], left - v * kLength);
+    }
+  }
+};
+
+template <class T, class Gradient>
+struct Outer {
+  using Op = Operand<T>;
+  using Element = typename Op::Element;
+  using C = Compute<T>;
+  using V = Vec<C>;
+  static constexpr int kLength = kLanes<C>, kVectors = 3, kRows = kTileRows<kVectors>;
+  static constexpr int64_t kTokens = 256;             // of a chunk
+  static constexpr int64_t kColumnBytes = 512 << 10;  // of packed columns that share a pass over the rows
+
+  const TicketProblem& p;
+  const TicketParts& index;
+  Gradient gradient;
+  PlainSource<T> input;
+  T *dvalues, *dbias;
+
+  int64_t room, groups, group_blocks;  // tokens of a chunk; groups of columns of blocks, and how many each has
+  ColumnPack<T, kRows> left;
+  ColumnPack<T, kLength> right;
+
+  // A vector of one living block: where it is packed, and where its sums go.
+  struct Target {
+    int64_t slot, piece;
+    bool last_column;
+  };
+
+  bool operator()(const Parallel& parallel) {
+    const int64_t threads = larger(1, parallel.threads);
+    room = smaller(kTokens, ceil_div(p.tokens, Op::kPack) * Op::kPack);
+    left = {p.out, p.bo, steps<Op>(room)};
+    right = {p.in, p.bi, steps<Op>(room)};
+    const int64_t block_bytes = right.pieces() * kLength * right.steps_total * int64_t(sizeof(Element));
+    group_blocks = smaller(index.columns, larger(1, kColumnBytes / block_bytes));
+    groups = ceil_div(index.columns, group_blocks);
+    const int64_t chunks = ceil_div(p.tokens, room), cells = groups * index.rows;
+    const bool wide_sums = dvalues && sizeof(T) == 2 && chunks > 1;
+
+    struct Shared {
+      Element *left, *right;
+      C *bias, *sums;
+      int64_t* work;
+      int32_t* begin;
+    } shared;
+    auto place = [&](Arena& arena) {
+      shared.left = arena.take<Element>(dvalues ? left.elements() : 0);
+      shared.right = arena.take<Element>(dvalues ? right.elements() : 0);
+      shared.bias = arena.take<C>(dbias ? p.out : 0);
+      shared.sums = arena.take<C>(wide_sums ? p.nnz * p.bo * p.bi : 0);
+      shared.work = arena.take<int64_t>(dvalues ? cells + 1 : 0);
+      shared.begin = arena.take<int32_t>(dvalues ? cells + 1 : 0);
+    };
+    Arena layout(nullptr);
+    place(layout);
+    Scratch scratch(layout.used + 64);
+    if (!scratch.block) return false;
+    Arena arena(scratch.block);
+    place(arena);
+    if (dvalues) count_work(shared.work, shared.begin);
+
+    const int64_t left_strips = left.strips(), right_strips = dvalues ? right.strips() : 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t first = chunk * room, count = smaller(room, p.tokens - first);
+      for_each_task(parallel, left_strips + right_strips, [&](int64_t task) {
+        if (task < left_strips)
+          left.strip(shared.left, shared.bias, gradient, task, first, count);
+        else
+          right.strip(shared.right, nullptr, input, task - left_strips, first, count);
+      });
+      if (!dvalues || p.nnz == 0) continue;
+      for_each_task(parallel, threads, [&](int64_t part) {
+        int64_t cell = first_cell(shared.work, cells, part, threads);
+        const int64_t end = first_cell(shared.work, cells, part + 1, threads);
+        for (; cell < end; ++cell)
+          run(cell % index.rows, shared.begin[cell], cell / index.rows, shared.left, shared.right, shared.sums,
+              steps<Op>(count), chunk == 0, chunk + 1 == chunks);
+      });
+    }
+    for (int64_t i = 0; dbias && i < p.out; ++i) dbias[i] = narrow<T>(shared.bias[i]);
+    return true;
+  }
+
+  // work[cell]: what comes before it. A cell is a row of blocks within a group of columns; the groups lie one behind
+  // the other. begin[cell]: the first living block of the row that is in the group.
+  void count_work(int64_t* work, int32_t* begin) const {
+    for (int64_t row = 0; row < index.rows; ++row) {
+      int32_t at = index.row_start[row];
+      for (int64_t group = 0; group < groups; ++group) {
+        begin[group * index.rows + row] = at;
+        const int32_t from = at;
+        while (at < index.row_start[row + 1] && index.column[at] < (group + 1) * group_blocks) ++at;
+        work[group * index.rows + row + 1] = at - from;
+      }
+    }
+    work[0] = 0;
+    for (int64_t cell = 0; cell < groups * index.rows; ++cell) work[cell + 1] += work[cell];
+  }
+  static int64_t first_cell(const int64_t* work, int64_t cells, int64_t part, int64_t parts) {
+    if (part == parts) return cells;
+    const int64_t before = work[cells] * part / parts;
+    int64_t low = 0, high = cells;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (work[middle] < before)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
+  // The living blocks of one row from `entry` on that lie in a group of columns: a chunk of their sums.
+  void run(int64_t row, int64_t entry, int64_t group, const Element* lefts, const Element* rights, C* sums, int64_t k,
+           bool fresh, bool last) const {
+    const int64_t end = index.row_start[row + 1], limit = (group + 1) * group_blocks, each = right.pieces();
+    const Element* columns[kVectors];
+    Target targets[kVectors];
+    int count = 0;
+    for (int64_t e = entry; e < end && index.column[e] < limit; ++e)
+      for (int64_t piece = 0; piece < each; ++piece) {
+        columns[count] = right.piece(rights, index.column[e], piece);
+        targets[count++] = {e, piece, index.column[e] == index.columns - 1};
+        if (count < kVectors) continue;
+        run_tiles<kVectors>(row, columns, targets, lefts, sums, k, fresh, last);
+        count = 0;
+      }
+    if (count == 2) run_tiles<2>(row, columns, targets, lefts, sums, k, fresh, last);
+    if (count == 1) run_tiles<1>(row, columns, targets, lefts, sums, k, fresh, last);
+  }
+
+  template <int NV>
+  __attribute__((noinline)) void run_tiles(int64_t row, const Element* const* columns, const Target* targets,
+                                           const Element* lefts, C* sums, int64_t k, bool fresh, bool last) const {
+    const int64_t rows_there = smaller(p.bo, p.out - row * p.bo);
+    for (int64_t tile = 0; tile < left.pieces(); ++tile) {
+      C result[kRows * NV * kLength];
+      const int64_t first = tile * kRows, rows = smaller(kRows, p.bo - first);
+      outer_tile<Op, kRows, NV>(result, left.piece(lefts, row, tile), columns, k);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int j = 0; j < NV; ++j) {
+          const int64_t column = targets[j].piece * kLength, width = p.bi - column;
+          const int64_t at = (targets[j].slot * p.bo + first + i) * p.bi + column;
+          V sum = load(result + (i * NV + j) * kLength);
+          // Past the end of the weight there is nothing, whatever the lanes hold.
+          if (first + i >= rows_there) sum = V{};
+          if (targets[j].last_column && p.in % p.bi) {
+            const int64_t there = p.in - (index.columns - 1) * p.bi - column;
+            for (int l = 0; l < kLength; ++l)
+              if (l >= there) sum[l] = 0;
+          }
+          if (sums) {
+            if (!fresh) sum += load_first(sums + at, width);
+            if (last)
+              store_first(dvalues + at, sum, width);
+            else
+              store_first(sums + at, sum, width);
+          } else {
+            if (!fresh) sum += load_first(dvalues + at, width);
+            store_first(dvalues + at, sum, width);
+          }
+        }
+    }
+  }
+};
+
+}  // namespace PYEFF_ISA
+}  // namespace pyeff

@@ -1,0 +1,113 @@
+// What the ticket's products are taken of, token by token: x as it lies, or the output's gradient times the
+// activation's derivative, which is formed whenever it is packed and never stored.
+#pragma once
+
+#include "gemm.h"
+#include "math.h"
+#include "ticket.h"
+
+namespace pyeff {
+namespace PYEFF_ISA {
+
+template <Activation A, class C>
+PYEFF_INLINE Vec<C> activate(Vec<C> z) {
+  if constexpr (A == Activation::relu) return z < 0 ? Vec<C>{} : z;  // a NaN stays one
+  if constexpr (A == Activation::gelu) return gelu<C>(z);
+  return z;
+}
+
+// Rows of [tokens, width].
+template <class T>
+struct PlainSource {
+  using C = Compute<T>;
+  using Op = Operand<T>;
+  static constexpr bool kSimple = true;
+  const T* base;
+  int64_t stride;
+
+  // The numbers from `at` on, up to a vector; zero past `left`.
+  PYEFF_INLINE Vec<C> value(int64_t token, int64_t at, int64_t left) const {
+    return load_first(base + token * stride + at, left);
+  }
+  // The same as a vector of operand elements.
+  PYEFF_INLINE Vec<C> elements(int64_t token, int64_t at, int64_t left) const {
+    if constexpr (Op::kPack == 1) {
+      return value(token, at, left);
+    } else {
+      constexpr int64_t count = 2 * kLanes<C>;
+      const T* from = base + token * stride + at;
+      Vec<C> bits{};
+      if (left >= count)
+        __builtin_memcpy(&bits, from, sizeof bits);
+      else if (left > 0)
+        __builtin_memcpy(&bits, from, size_t(left) * sizeof(T));
+      return bits;
+    }
+  }
+};
+
+// grad * act'(z), of y for relu and of z for gelu.
+template <class T, Activation A>
+struct GradientSource {
+  using C = Compute<T>;
+  using Op = Operand<T>;
+  static constexpr bool kSimple = A != Activation::gelu;
+  const T* grad;
+  int64_t stride;
+  const T* saved;
+  int64_t width;
+
+  PYEFF_INLINE Vec<C> value(int64_t token, int64_t at, int64_t left) const {
+    const Vec<C> g = load_first(grad + token * stride + at, left);
+    if constexpr (A == Activation::none) return g;
+    const Vec<C> s = load_first(saved + token * width + at, left);
+    if constexpr (A == Activation::relu) return s <= 0 ? Vec<C>{} : g;  // as torch has it: a NaN lets the gradient pass
+    return g * gelu_derivative<C>(s);
+  }
+  PYEFF_INLINE Vec<C> elements(int64_t token, int64_t at, int64_t left) const {
+    if constexpr (Op::kPack == 1) {
+      return value(token, at, left);
+    } else if constexpr (A == Activation::none) {
+      return PlainSource<T>{grad, stride}.elements(token, at, left);
+    } else {
+      constexpr int64_t lanes = kLanes<C>;
+      T pairs[2 * lanes];
+      store(pairs, value(token, at, left));
+      store(pairs + lanes, left > lanes ? value(token, at + lanes, left - lanes) : Vec<C>{});
+      Vec<C> bits;
+      __builtin_memcpy(&bits, pairs, sizeof bits);
+      return bits;
+    }
+  }
+};
+
+// One vector of tokens, `count` of which are there, as the right operand: panel[p][lane] for the `k` numbers of a row
+// from `first` on. What an odd k lacks is zero, and so are the tokens that are not there.
+template <class T, class Source>
+PYEFF_INLINE void pack_tokens(typename Operand<T>::Element* panel, int64_t width, const Source& source, int64_t token,
+                              int64_t count, int64_t first, int64_t k) {
+  using Op = Operand<T>;
+  using C = Compute<T>;
+  constexpr int lanes = kLanes<C>;
+  const int64_t total = steps<Op>(k);
+  for (int64_t p = 0; p < total; p += lanes) {
+    const int64_t at = p * Op::kPack;
+    Vec<C> square[lanes];
+    if constexpr (Source::kSimple) {
+#pragma GCC unroll 16
+      for (int lane = 0; lane < lanes; ++lane)
+        square[lane] = lane < count ? source.elements(token + lane, first + at, k - at) : Vec<C>{};
+    } else {  // one copy of the code, which is long
+#pragma GCC unroll 1
+      for (int lane = 0; lane < lanes; ++lane)
+        square[lane] = lane < count ? source.elements(token + lane, first + at, k - at) : Vec<C>{};
+    }
+    transpose<C>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      if (p + i < total) __builtin_memcpy(panel + (p + i) * width, &square[i], sizeof square[i]);
+  }
+}
+
+}  // namespace PYEFF_ISA
+}  // namespace pyeff
