@@ -83,7 +83,9 @@ def _all_match(name: str, patterns: list[re.Pattern], paths: Mapping[str, Any]) 
     for pattern in patterns:
         if not any(pattern.search(path) for path in paths):
             some = ", ".join(list(paths)[:4]) or "none"
-            raise ValueError(f"targets: {name} {pattern.pattern!r} matches no layer, expected one of those such as {some}")
+            raise ValueError(
+                f"targets: {name} {pattern.pattern!r} matches no layer, expected one of those such as {some}"
+            )
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

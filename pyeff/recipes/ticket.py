@@ -253,5 +253,3 @@ def _rewind(model: nn.Module, origin: Mapping[str, Tensor], pruned: set[str]) ->
             if t is not None and source is not None and not done:
                 t.copy_(source)
                 t.grad = None
-
-
