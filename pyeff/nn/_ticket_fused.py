@@ -27,7 +27,7 @@ def stack(layers: Sequence[TicketLinear]) -> TicketLinear:
 
     Example:
         >>> import torch, pyeff
-    >>> from pyeff.nn._ticket_fused import stack, unstack
+        >>> from pyeff.nn._ticket_fused import stack, unstack
         >>> full = torch.ones(16, 32, dtype=torch.bool)
         >>> layers = [pyeff.nn.TicketLinear(pyeff.Ticket.from_mask(full, block=8)) for _ in range(3)]
         >>> stack(layers)(torch.randn(2, 32)).shape
@@ -53,12 +53,12 @@ def stack(layers: Sequence[TicketLinear]) -> TicketLinear:
         ticket, first.bias is not None, first.activation, device=first.values.device, dtype=first.values.dtype
     )
     with torch.no_grad():
-        out.values.copy_(torch.cat([layer.values for layer in layers]))
+        out.values.copy_(torch.cat([layer.values.detach() for layer in layers]))
         out.values.requires_grad_(any(layer.values.requires_grad for layer in layers))
         if out.bias is not None:
-            biases = [layer.bias for layer in layers if layer.bias is not None]
+            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
             out.bias.copy_(torch.cat(biases))
-            out.bias.requires_grad_(any(bias.requires_grad for bias in biases))
+            out.bias.requires_grad_(any(layer.bias is not None and layer.bias.requires_grad for layer in layers))
     return out.train(first.training)
 
 
@@ -70,7 +70,7 @@ def unstack(layer: TicketLinear, sizes: Sequence[int]) -> list[TicketLinear]:
 
     Example:
         >>> import torch, pyeff
-    >>> from pyeff.nn._ticket_fused import stack, unstack
+        >>> from pyeff.nn._ticket_fused import stack, unstack
         >>> layer = pyeff.nn.TicketLinear(pyeff.Ticket.from_mask(torch.ones(48, 32, dtype=torch.bool), block=8))
         >>> [part.out_features for part in unstack(layer, [16, 32])]
         [16, 32]

@@ -135,8 +135,8 @@ class TicketLinear(nn.Module):
                 f"TicketLinear.from_linear: ticket has shape {list(ticket.shape)}, expected {list(weight.shape)} as "
                 "the weight of linear"
             )
-        own, like = ticket.to(weight.device), {"device": weight.device, "dtype": weight.dtype}
-        layer = cls(own, linear.bias is not None, activation, **like)
+        own = ticket.to(weight.device)
+        layer = cls(own, linear.bias is not None, activation, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             layer.values.copy_(own.gather(weight))
             if layer.bias is not None:
@@ -147,7 +147,7 @@ class TicketLinear(nn.Module):
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer of the same numbers, with zeros where no block lives; without the activation, if there is one.
+        """The dense layer of the same numbers, with zeros where no block lives; the activation is left out.
 
         Example:
             >>> import torch, pyeff
@@ -271,7 +271,7 @@ class TicketLinear(nn.Module):
         old, new = self.ticket, ticket.to(device)
         carry = Carry(old, new)
         dense = None if fill is None else new.gather(fill.detach().to(device, self.values.dtype))
-        values = dense if rewind else carry(self.values.data, dense)
+        values = dense if rewind and dense is not None else carry(self.values.data, dense)
         for optimizer in optimizers:
             state = optimizer.state.get(self.values, {})
             for name, moment in list(state.items()):
@@ -301,9 +301,7 @@ class TicketLinear(nn.Module):
                 error_msgs.append(f"{prefix}index: {error}")
                 return
             if values.shape != self.values.shape:
-                like = {"dtype": self.values.dtype, "device": self.values.device}
-                room = torch.empty(values.shape, **like)
-                self._replace(torch.empty(index.shape, dtype=torch.int32, device=self.index.device), room)
+                self._replace(self.index.new_empty(index.shape), self.values.data.new_empty(values.shape))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

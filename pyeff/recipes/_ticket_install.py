@@ -96,8 +96,9 @@ def rank(
         scores[name] = select_module.block_means(element_scores(score, name, layer), blocks[name])
         shape = (layer.out_features, layer.in_features)
         sizes[name] = select_module.block_sizes(shape, blocks[name], scores[name].device)
-        alive = isinstance(layer, TicketLinear) and not grow
-        allowed[name] = layer.ticket.blocks() if alive else torch.ones_like(scores[name], dtype=torch.bool)
+        allowed[name] = torch.ones_like(scores[name], dtype=torch.bool)
+        if isinstance(layer, TicketLinear) and not grow:
+            allowed[name] = layer.ticket.blocks()
     chosen = select_module.choose(scores, sizes, density, scope, allowed, floor)
     return {
         name: Ticket.from_blocks(alive, (layers[name].out_features, layers[name].in_features), blocks[name])
@@ -158,15 +159,16 @@ def install(
                 f"install: the weight of {name} has shape {list(weights[name].shape)}, expected {list(shape)}"
             )
     for name, ticket in tickets.items():
-        module, fill = modules[name], weights.get(name)
-        if isinstance(module, TicketLinear):
-            module.set_ticket(ticket, fill, rewind=rewind and fill is not None, optimizers=optimizers)
+        fill = weights.get(name)
+        layer: Any = modules[name]
+        if isinstance(layer, TicketLinear):
+            layer.set_ticket(ticket, fill, rewind=rewind and fill is not None, optimizers=optimizers)
         else:
-            _convert(model, module, ticket, fill, optimizers)
+            _convert(model, layer, ticket, fill, optimizers)
 
 
 def _convert(
-    model: nn.Module, linear: nn.Linear, ticket: Ticket, fill: Tensor | None, optimizers: list[torch.optim.Optimizer]
+    model: nn.Module, linear: Any, ticket: Ticket, fill: Tensor | None, optimizers: list[torch.optim.Optimizer]
 ) -> None:
     if hasattr(linear, "weight_mask"):
         unmask(linear, linear.weight_orig.detach() if fill is None else fill)
@@ -216,8 +218,15 @@ def to_dense(model: nn.Module) -> nn.Module:
     from pyeff.recipes._ticket_qkv import split_qkv
 
     if isinstance(model, TicketLinear):
-        return model.to_linear()
+        return dense_layer(model)
     split_qkv(model)
     for module in [m for m in model.modules() if isinstance(m, TicketLinear)]:
-        replace(model, module, module.to_linear())
+        replace(model, module, dense_layer(module))
     return model
+
+
+def dense_layer(layer: TicketLinear) -> nn.Module:
+    """A linear layer that computes what the ticket does, with its activation behind it if there is one."""
+    if layer.activation is None:
+        return layer.to_linear()
+    return nn.Sequential(layer.to_linear(), nn.ReLU() if layer.activation == "relu" else nn.GELU())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def mask(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             torch_prune.custom_from_mask(module, "weight", m)
         else:
             module.weight_mask.copy_(m)
-            module.weight = module.weight_orig * module.weight_mask
+        _refresh(module)
 
 
 def masks(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,9 +102,13 @@ def load_masked(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         raise ValueError(f"load_masked: state_dict has no {without[0]}{_ORIG}, expected one beside each mask")
     mask(model, found)
     model.load_state_dict(dict(state_dict))
-    for name in found:  # `weight` is otherwise computed anew by the next call
-        module = model.get_submodule(name)
-        module.weight = module.weight_orig * module.weight_mask
+    for name in found:
+        _refresh(model.get_submodule(name))
+
+
+def _refresh(module: Any) -> None:
+    """``weight`` as it is now; torch computes it anew with the next call. Detached, so that the model can be copied."""
+    module.weight = (module.weight_orig * module.weight_mask).detach()
 
 
 def unmask(module: nn.Linear, weight: Tensor | None = None) -> None:

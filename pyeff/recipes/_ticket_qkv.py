@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from pyeff.nn import TicketLinear
@@ -12,7 +14,7 @@ CHILD = "ticket_qkv"
 NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"))
 
 
-def fuse_qkv(model: nn.Module) -> list[str]:
+def fuse_qkv(model: nn.Module, only: Sequence[str] | None = None) -> list[str]:
     """Query, key and value of every self-attention as one layer: one product where there were three.
 
     The model's own code stays: what stands in the place of ``query``, ``key`` and ``value`` shares one TicketLinear,
@@ -21,6 +23,7 @@ def fuse_qkv(model: nn.Module) -> list[str]:
     Args:
         model (Module): changed in place. Attentions whose three layers are tickets of one block and input width, with
             rows that are a multiple of the block, are fused; others, and those that attend to another sequence, stay.
+        only (sequence of str, optional): the paths of the attentions to fuse. Default: all.
 
     Returns:
         list of str: the paths of the attentions that were fused.
@@ -44,6 +47,8 @@ def fuse_qkv(model: nn.Module) -> list[str]:
     fused = []
     for path, attention in list(model.named_modules()):
         names = next((names for names in NAMES if all(_is_ticket(attention, name) for name in names)), None)
+        if only is not None and path not in only:
+            continue
         if names is None or "cross" in type(attention).__name__.lower() or path.endswith("encoder_attn"):
             continue
         parts = [getattr(attention, name) for name in names]

@@ -115,8 +115,8 @@ def choose(
     groups = [[name] for name in scores] if scope == "layer" else [list(scores)]
     chosen: dict[str, Tensor] = {}
     for names in groups:
-        table = [torch.cat(parts) for parts in zip(*(flat[name] for name in names), strict=True)]
-        kept = _keep(*table, budget=density * float(table[1].sum(dtype=torch.float64)))
+        score, size, units = (torch.cat(parts) for parts in zip(*(flat[name] for name in names), strict=True))
+        kept = _keep(score, size, units, budget=density * float(size.sum(dtype=torch.float64)))
         for name, part in zip(names, kept.split([scores[name].numel() for name in names]), strict=True):
             chosen[name] = part.view(scores[name].shape).to(scores[name].device)
     return {name: chosen[name] for name in scores}

@@ -127,7 +127,8 @@ def backbone(model: nn.Module, heads: Sequence[str | nn.Module] | None) -> dict[
 def dense_weight(layer: Prunable) -> Tensor:
     """The weight [out, in] that a layer computes with, detached, with zeros where it is pruned."""
     if hasattr(layer, "weight_orig"):  # masked by torch.nn.utils.prune: its `weight` is that of the last call
-        return (layer.weight_orig * layer.weight_mask).detach()
+        masked: Any = layer
+        return (masked.weight_orig * masked.weight_mask).detach()
     return layer.weight.detach()
 
 

@@ -18,16 +18,20 @@ from torch import Tensor, nn
 
 from pyeff.nn import TicketLinear
 from pyeff.recipes import _ticket_select as selection
+from pyeff.recipes._ticket_files import dense_state_dict, load, save
 from pyeff.recipes._ticket_install import install, rank, select, tickets, to_dense
 from pyeff.recipes._ticket_masks import load_masked, mask, masks
 from pyeff.recipes._ticket_qkv import fuse_qkv, split_qkv
+from pyeff.recipes._ticket_regroup import Regrouping, regroup
 from pyeff.recipes._ticket_report import Pruning, describe
 from pyeff.recipes._ticket_select import Projection, project
+from pyeff.recipes._ticket_sparsify import Sparsification, sparsify
 from pyeff.recipes._ticket_targets import Prunable, backbone, dense_weight, element_scores, targets
 
 __all__ = [
-    "Projection", "Pruning", "blockify", "fuse_qkv", "install", "load_masked", "mask", "masks", "project", "prune",
-    "select", "split_qkv", "targets", "tickets", "to_dense",
+    "Projection", "Pruning", "Regrouping", "Sparsification", "blockify", "dense_state_dict", "fuse_qkv", "install",
+    "load", "load_masked", "mask", "masks", "project", "prune", "regroup", "save", "select", "sparsify", "split_qkv",
+    "targets", "tickets", "to_dense",
 ]  # fmt: skip
 
 METHODS = ("block_imp", "imp", "one_shot", "random")
@@ -70,9 +74,9 @@ def prune(
             block; ``"imp"`` that of elements as in the paper, and leaves torch's ``weight_orig`` and ``weight_mask``
             (:func:`blockify` makes blocks of them); ``"one_shot"`` blocks in a single round; ``"random"`` takes blocks
             at random, as a baseline. Default: ``"block_imp"``, and ``"one_shot"`` without ``train``.
-        scope (str): ``"global"`` ranks all layers together, as in the paper; ``"scaled"`` too, but by the magnitude over
-            the mean of what lives in its layer, since the mean of a block tells layers apart more than blocks and a
-            layer of small weights would vanish; ``"layer"`` each layer by itself.
+        scope (str): ``"global"`` ranks all layers together, as in the paper; ``"scaled"`` too, but by the magnitude
+            over the mean of what lives in its layer, since the mean of a block tells layers apart more than blocks, and
+            a layer of small weights would vanish; ``"layer"`` each layer by itself.
         floor (float): the share of every layer that survives in any case. Default: none.
         schedule (str, optional): ``"imp"`` takes the same share of the original weights each round, ``"cubic"`` much at
             first and little at the end, ``"one_shot"`` all at once. Default: as the method says.

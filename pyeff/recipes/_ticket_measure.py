@@ -1,0 +1,129 @@
+"""Times of one layer, dense and as a ticket, on this machine, with inputs like those that it gets in its model."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Each contender runs at least so often and so long, in seconds, and at most so often; they take turns.
+LEAST, SECONDS, MOST = 3, 0.05, 30
+WARM_UP = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What a layer was called with: the tensor's shape, dtype and device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        """How many rows it has."""
+        return int(torch.Size(self.shape[:-1]).numel())
+
+    def draw(self) -> Tensor:
+        """A random tensor like it."""
+        return torch.randn(self.shape, dtype=self.dtype, device=self.device)
+
+
+def inputs_of(model: nn.Module, layers: Mapping[str, nn.Module], sample: Any) -> dict[str, Input]:
+    """What each layer gets when the model is called with a sample; the last call counts. A layer that is not called is
+    left out.
+
+    Args:
+        model (Module), layers (mapping of Module): some of its modules, by name.
+        sample: a tensor, a tuple of arguments, a mapping of named arguments, or a function that takes the model.
+    """
+    found: dict[str, Input] = {}
+
+    def note(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            found[name] = Input(tuple(args[0].shape), args[0].dtype, args[0].device)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            call(model, sample)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def call(model: nn.Module, sample: Any) -> Any:
+    """The model on a sample, as :func:`inputs_of` takes it."""
+    if isinstance(sample, Mapping):
+        return model(**sample)
+    if isinstance(sample, (tuple, list)):
+        return model(*sample)
+    return sample(model) if callable(sample) else model(sample)
+
+
+def race(contenders: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """The median seconds of each of some functions, called in turns."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(WARM_UP):
+        for run in contenders.values():
+            run()
+    while not all(len(t) >= MOST or (len(t) >= LEAST and sum(t) >= SECONDS) for t in times.values()):
+        for name, run in contenders.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def compare(layers: Mapping[str, nn.Module], given: Input) -> dict[str, tuple[float, float]]:
+    """(forward without gradients, forward and backward) of each of some layers, in seconds.
+
+    The backward is for the input and for the parameters.
+    """
+    x = given.draw()
+    grad = torch.randn_like(next(iter(layers.values()))(x).detach())
+
+    def forward(layer: nn.Module) -> Callable[[], Any]:
+        def run() -> None:
+            with torch.no_grad():
+                layer(x)
+
+        return run
+
+    def step(layer: nn.Module) -> Callable[[], Any]:
+        leaves = [x.detach().requires_grad_(), *(p for p in layer.parameters())]
+
+        def run() -> None:
+            with torch.enable_grad():
+                torch.autograd.grad(layer(leaves[0]), leaves, grad)
+
+        return run
+
+    flags = {p: p.requires_grad for layer in layers.values() for p in layer.parameters()}
+    try:
+        for p in flags:
+            p.requires_grad_(True)
+        forwards = race({name: forward(layer) for name, layer in layers.items()}, given.device)
+        steps = race({name: step(layer) for name, layer in layers.items()}, given.device)
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+    return {name: (forwards[name], steps[name]) for name in layers}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

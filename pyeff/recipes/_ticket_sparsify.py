@@ -1,0 +1,253 @@
+"""A model whose layers are tickets where that is faster on this machine, and dense elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pyeff.nn import TicketLinear
+from pyeff.plans import Ticket
+from pyeff.recipes import _ticket_measure as measure
+from pyeff.recipes._ticket_install import dense_layer, install, rank
+from pyeff.recipes._ticket_qkv import fuse_qkv, split_qkv
+from pyeff.recipes._ticket_report import percent, table
+from pyeff.recipes._ticket_select import densities, pair, retained
+from pyeff.recipes._ticket_targets import Prunable, dense_weight, replace, targets
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MODES = ("inference", "training")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTimes:
+    """One layer, dense and as a ticket.
+
+    Attributes:
+        shape ((int, int)): (out, in).
+        block ((int, int)): (bo, bi).
+        density (float), retained (float): of the ticket: the share of elements and of magnitude in it.
+        tokens (int): rows of the input; 0 where the sample did not reach the layer.
+        dense, ticket ((float, float)): seconds for a forward, and for forward and backward.
+        dense_bytes, ticket_bytes (int): of the weight, for the ticket with its index.
+        chosen (str): ``"ticket"`` or ``"dense"``: what the model has now.
+    """
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    density: float
+    retained: float
+    tokens: int
+    dense: tuple[float, float]
+    ticket: tuple[float, float]
+    dense_bytes: int
+    ticket_bytes: int
+    chosen: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsification:
+    """What :func:`sparsify` measured and chose.
+
+    Args:
+        mode (str): ``"inference"`` or ``"training"``: by which time was chosen.
+        layers (dict of LayerTimes): by path; each with ``shape``, ``block``, ``density``, ``retained``, ``tokens``, the
+            seconds ``dense`` and ``ticket`` for (forward, forward and backward), ``dense_bytes``, ``ticket_bytes`` and
+            what was ``chosen``.
+
+    Example:
+        >>> import torch
+        >>> from pyeff.recipes import ticket
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 16))
+        >>> found = ticket.sparsify(model, torch.randn(8, 16), density=0.5, block=8)
+        >>> isinstance(found, ticket.Sparsification), sorted(found.to_dict()["total"])[:2]
+        (True, ['bytes', 'dense_bytes'])
+    """
+
+    mode: str
+    layers: dict[str, LayerTimes]
+
+    def total(self) -> dict[str, float]:
+        """Sums over all layers: what was all dense, and what is chosen.
+
+        ``bytes`` are weights with index; ``training_bytes`` weights, gradients and two moments of Adam.
+        """
+        rows = list(self.layers.values())
+        mine = [(r.ticket, r.ticket_bytes) if r.chosen == "ticket" else (r.dense, r.dense_bytes) for r in rows]
+        elements = [row.shape[0] * row.shape[1] for row in rows]
+        left = [n * (row.density if row.chosen == "ticket" else 1.0) for n, row in zip(elements, rows, strict=True)]
+        out: dict[str, float] = {"density": sum(left) / sum(elements)}
+        for i, name in enumerate(("forward", "step")):
+            out[f"dense_{name}"] = sum(row.dense[i] for row in rows)
+            out[name] = sum(times[i] for times, _ in mine)
+        out["dense_bytes"] = sum(row.dense_bytes for row in rows)
+        out["bytes"] = sum(size for _, size in mine)
+        out["dense_training_bytes"] = 4 * out["dense_bytes"]
+        # The index is there once, the values four times.
+        out["training_bytes"] = sum(
+            size + 3 * row.dense_bytes * (row.density if row.chosen == "ticket" else 1.0)
+            for (_, size), row in zip(mine, rows, strict=True)
+        )
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, lists and dicts, for JSON."""
+        return dataclasses.asdict(self) | {"total": self.total()}
+
+    def table(self) -> Table:
+        """A rich table, one row a layer; needs the package rich."""
+        beside = ("forward", "dense", "step", "dense", "MiB", "dense")
+        names = ("layer", "density", "magnitude", "tokens", *beside, "is now")
+        rows = [
+            (name, percent(row.density), percent(row.retained), str(row.tokens), *_pairs(row.ticket, row.dense),
+             *_sizes(row.ticket_bytes, row.dense_bytes), row.chosen)
+            for name, row in self.layers.items()
+        ]  # fmt: skip
+        sums = self.total()
+        times = _pairs((sums["forward"], sums["step"]), (sums["dense_forward"], sums["dense_step"]))
+        total = ("as chosen", percent(sums["density"]), "", "", *times, *_sizes(sums["bytes"], sums["dense_bytes"]), "")
+        return table(f"Ticket beside dense, milliseconds, chosen for {self.mode}", names, rows, total)
+
+
+def _pairs(ours: tuple[float, float], dense: tuple[float, float]) -> tuple[str, ...]:
+    """Forward of both, step of both, in milliseconds."""
+    return tuple(f"{1000 * seconds:.2f}" for pair in zip(ours, dense, strict=True) for seconds in pair)
+
+
+def _sizes(*sizes: float) -> tuple[str, ...]:
+    return tuple(f"{size / 2**20:.2f}" for size in sizes)
+
+
+def sparsify(
+    model: nn.Module,
+    sample: Any,
+    *,
+    density: float | None = None,
+    tickets: Mapping[str, Ticket] | None = None,
+    block: int | Sequence[int] = 32,
+    mode: str = "inference",
+    scope: str = "global",
+    floor: float = 0.0,
+    fuse: bool = False,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    stack: str | nn.Module | Mapping[str, str | nn.Module] | None = None,
+    progress: Callable[[str, int, int], Any] | None = None,
+) -> Sparsification:
+    """Makes tickets of the layers in which that is faster on this machine, and leaves the others dense.
+
+    Every layer is timed, dense and as a ticket in turns, on random numbers of the shape that it gets for ``sample``. A
+    linear layer that stays dense is not pruned; a ticket that becomes dense keeps its zeros.
+
+    Args:
+        model (Module): changed in place.
+        sample (Tensor, tuple, mapping or callable): what the model is called with: the shapes that matter; a function
+            gets the model.
+        density (float, optional): prune linear layers to this by :func:`select`, by magnitude.
+        tickets (mapping, optional): the tickets to take instead, by path. Without either, the model's own tickets are
+            measured.
+        block (int or (int, int)): with ``density``: (bo, bi), or one number for both.
+        mode (str): ``"inference"`` chooses by the forward, ``"training"`` by forward and backward.
+        scope (str), floor (float), include, exclude, stack: with ``density``: as of :func:`prune`.
+        fuse (bool): at the end, :func:`fuse_qkv`.
+        progress (callable, optional): called as ``progress(path, number, count)`` before each layer.
+
+    Returns:
+        Sparsification: sizes, times, retained magnitude and the choice for each layer.
+
+    Raises:
+        ValueError: an option is unknown or out of its range, or nothing is to be measured.
+
+    Example:
+        >>> import torch
+        >>> from pyeff.recipes import ticket
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 16))
+        >>> found = ticket.sparsify(model, torch.randn(8, 16), density=0.5, block=8)
+        >>> {row.chosen for row in found.layers.values()} <= {"ticket", "dense"}
+        True
+    """
+    if mode not in MODES:
+        raise ValueError(f"sparsify: mode is {mode!r}, expected one of {', '.join(map(repr, MODES))}")
+    if density is not None and tickets is not None:
+        raise ValueError("sparsify: density and tickets were both given, expected one of the two")
+    split_qkv(model)
+    layers: Mapping[str, Prunable]
+    if density is not None:
+        densities(density, "one_shot", None)
+        layers = targets(model, include=include, exclude=exclude, stack=stack)
+        tickets = rank(layers, density, pair(block), scope, floor)
+    elif tickets is None:
+        tickets = {name: m.ticket for name, m in model.named_modules() if isinstance(m, TicketLinear)}
+    if not tickets:
+        raise ValueError("sparsify: neither density nor tickets were given, expected one, or a model with tickets")
+    layers = {name: model.get_submodule(name) for name in tickets}  # type: ignore[misc]
+    given = measure.inputs_of(model, layers, sample)
+    found = {}
+    for number, (name, wanted) in enumerate(tickets.items()):
+        if progress is not None:
+            progress(name, number, len(tickets))
+        found[name] = _layer(model, name, layers[name], wanted, given.get(name), MODES.index(mode))
+    if fuse:
+        fuse_qkv(model)
+    return Sparsification(mode, found)
+
+
+def _layer(
+    model: nn.Module, name: str, layer: Prunable, wanted: Ticket, given: measure.Input | None, by: int
+) -> LayerTimes:
+    """Measures one layer, and puts what is faster into the model."""
+    weight = dense_weight(layer)
+    sparse, dense = _both(layer, wanted)
+    never = {"dense": (0.0, 0.0), "ticket": (0.0, 0.0)}
+    times = never if given is None else measure.compare({"dense": dense, "ticket": sparse}, given)
+    faster = times["ticket"][by] < times["dense"][by]
+    if faster:
+        install(model, {name: wanted})
+    elif isinstance(layer, TicketLinear):
+        replace(model, layer, dense)
+    return LayerTimes(
+        shape=wanted.shape, block=wanted.block, density=wanted.density, retained=retained(weight, wanted),
+        tokens=0 if given is None else given.tokens, dense=times["dense"], ticket=times["ticket"],
+        dense_bytes=weight.numel() * weight.element_size(),
+        ticket_bytes=sum(t.numel() * t.element_size() for t in (sparse.values, sparse.index)),
+        chosen="ticket" if faster else "dense",
+    )  # fmt: skip
+
+
+def _both(layer: Prunable, wanted: Ticket) -> tuple[TicketLinear, nn.Module]:
+    if isinstance(layer, TicketLinear):
+        sparse = layer
+        if wanted != layer.ticket:
+            sparse = TicketLinear.from_linear(layer.to_linear(), wanted, activation=layer.activation)
+        return sparse, dense_layer(layer)
+    return TicketLinear.from_linear(layer, wanted), layer
+
+
+def model_times(model: nn.Module, sample: Any, device: torch.device) -> tuple[float, float]:
+    """Seconds for a whole model: a forward without gradients, and forward and backward of the sum of its outputs."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def forward() -> None:
+        with torch.no_grad():
+            measure.call(model, sample)
+
+    def step() -> None:
+        with torch.enable_grad():
+            output = measure.call(model, sample)
+            loss = sum(t.float().mean() for t in _tensors(output))
+            torch.autograd.grad(loss, trained, allow_unused=True)  # type: ignore[arg-type]
+
+    found = measure.race({"forward": forward}, device) | measure.race({"step": step}, device)
+    return found["forward"], found["step"]
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    items = output.values() if isinstance(output, Mapping) else output
+    return [t for t in items if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad]
