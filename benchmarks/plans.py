@@ -29,6 +29,7 @@ class Family:
         plan (callable): backend, shape, card -> the launches; raises :class:`NoPlan`.
         predict (callable): shape, plan, card -> a prediction for each launch.
         floor (callable): shape, card -> the least seconds.
+        notes (callable): shapes, card -> lines that help to read their table.
     """
 
     op: str
@@ -37,6 +38,7 @@ class Family:
     plan: Callable[[str, Any, Card], Sequence[Any]]
     predict: Callable[[Any, Any, Card], list[Prediction]]
     floor: Callable[[Any, Card], float]
+    notes: Callable[[Sequence[Any], Card], list[str]] = lambda shapes, card: []
 
 
 def sources(card: Card) -> list[str]:

@@ -154,6 +154,9 @@ def notes(found: list[Row]) -> list[str]:
     absent = {backend: reason for one in found for backend, reason in one.absent.items()}
     lines += [f"{backend}: no prediction: {reason}" for backend, reason in absent.items()]
     card = found[0].card
+    for family in FAMILIES.values():
+        shapes = [one.shape for one in found if one.family is family]
+        lines += family.notes(shapes, card) if shapes else []
     lines += model.assumptions([p for one in found for kernels in one.kernels.values() for p in kernels], card)
     return lines + plans.sources(card)
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 from . import model
 from .gpus import Card
 from .model import Prediction, Work
+from .registry import FORWARD, TRAINING
+from .report import seconds
 from .roofline import floor_seconds as least_seconds
 
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -270,3 +272,19 @@ def floor_seconds(shape: Shape, card: Card) -> float:
     """The least time: the call's arithmetic at the card's rate for its dtype, or its traffic at the copy bandwidth."""
     flops, moved = least(shape)
     return least_seconds(flops, moved, card.fma if shape.dtype == "float32" else card.tensor, card.copy)
+
+
+def notes(shapes: Sequence[Shape], card: Card) -> list[str]:
+    """What the same calls take if every block is alive and a library multiplies: the card's rate for large products."""
+    found = {}
+    for shape in shapes:
+        rate = card.fma if shape.dtype == "float32" else card.tensor
+        dense = (6.0 if shape.training else 2.0) * shape.tokens * shape.out * shape.width / rate
+        if shape.tokens >= 1024:
+            found[shape.dtype, shape.training, shape.tokens] = f"{shape.tokens} tokens {seconds(dense)}"
+    lines = []
+    for dtype, training in dict.fromkeys(key[:2] for key in found):
+        times = ", ".join(text for key, text in found.items() if key[:2] == (dtype, training))
+        mode = TRAINING if training else FORWARD
+        lines.append(f"a dense product at the card's rate, {dtype} {mode}: {times}")
+    return lines

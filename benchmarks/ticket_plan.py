@@ -164,4 +164,7 @@ def _best_splits(tiles: int, processors: int) -> int:
     return best
 
 
-FAMILY = Family("ticket_linear", "docs/ticket.md", shapes, plan, ticket_model.predict, ticket_model.floor_seconds)
+FAMILY = Family(
+    "ticket_linear", "docs/ticket.md", shapes, plan, ticket_model.predict, ticket_model.floor_seconds,
+    ticket_model.notes,
+)  # fmt: skip
