@@ -157,10 +157,16 @@ class Call:
         if tokens >= FEW:
             piece = constants["PIECE"]
             constants["EVEN"] = constants["WHOLE"] and step <= piece == side.other and side.own % height == 0
-        launch(
-            kernel, (side.groups * cdiv(side.own, height) * cdiv(tokens, rows),), config, x, self.values, self.index,
-            bias, y, z, tokens, *side.counts, *side.places, x.stride(0), width, out, **constants,
-        )  # fmt: skip
+        across = side.groups * cdiv(side.own, height)
+        # A grid has less than 2^31 programs: more tokens take several launches.
+        most = max(((1 << 31) - 1) // across, 1) * rows
+        for first in range(0, tokens, most):
+            part = slice(first, min(first + most, tokens))
+            launch(
+                kernel, (across * cdiv(part.stop - first, rows),), config, x[part], self.values, self.index, bias,
+                y[part], None if z is None else z[part], part.stop - first, *side.counts, *side.places, x.stride(0),
+                width, out, **constants,
+            )  # fmt: skip
 
     def derive(
         self, grad: Tensor, saved: Tensor | None, g: Tensor | None, dbias: Tensor | None, activation: str

@@ -306,6 +306,18 @@ def test_tiles_are_those_of_the_block(kernels):
     assert few.grid == (96 * (32 // few.constants["BLOCK_M"]) * 4,)
 
 
+def test_more_programs_than_a_grid_has(kernels):
+    """Tokens then come in turns, of whole tiles."""
+    found, _ = launches(kernels, 1 << 20, 4, shape=(1 << 22, 8))
+    rows = found[0].constants["BLOCK_N"]
+    assert len(found) > 1
+    assert all(launch.grid[0] < 1 << 31 for launch in found)
+    counts = [launch.args[6] for launch in found]
+    assert sum(counts) == 1 << 20
+    assert all(count % rows == 0 for count in counts[:-1])
+    assert [launch.args[0].shape[0] for launch in found] == counts
+
+
 def test_every_block_has_its_strip(kernels):
     """Strips run along the longer side of the weight, as many as a full row could need."""
     for shape, columns in (((3072, 768), True), ((768, 3072), False)):
