@@ -95,9 +95,9 @@ class Step:
             the own side, and how many of those that are summed over make a step.
         threads (int), blocks_per_sm (int), instruction (str): by the resource report; no instruction in float32.
         along_columns (bool): of blocks.
-        splits (int): parts that a sum over tokens is cut into.
+        splits (int): parts that a sum over tokens is cut into; of ``resident`` blocks that share the groups of a tile.
         size (int): of ``add``: the numbers that come out.
-        shared (bool): warps that share the steps of a sum among them, of ``few``.
+        side_by_side (int): what works at the same time in a block: of ``few`` steps of a sum, of ``resident`` groups.
     """
 
     kernel: str
@@ -110,7 +110,7 @@ class Step:
     along_columns: bool = False
     splits: int = 1
     size: int = 0
-    shared: int = 1
+    side_by_side: int = 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -177,6 +177,27 @@ def product(b: Builder) -> Work:
     )
 
 
+def resident(b: Builder) -> Work:
+    """A tile of tokens stays in shared memory, all of its width; groups pass it, whose blocks come from L2."""
+    step, shape = b.step, b.shape
+    count = steps(shape, step.along_columns, step.depth)
+    tiles = math.ceil(shape.tokens / step.rows)
+    blocks, written = tiles * step.splits, shape.tokens * b.side.own_width * b.s
+    loaded = blocks * step.rows * b.side.other_width * b.s
+    groups = math.ceil(b.side.groups / step.splits / step.side_by_side)
+    # A group's products read the tokens' numbers once and its blocks for each 64 tokens; these were written once.
+    depth = tiles * b.side.groups * b.length * b.s
+    return b.work(
+        blocks,
+        products=2.0 * tiles * step.rows * b.side.groups * step.columns * b.length,
+        hbm_bytes=shape.tokens * b.side.other_width * b.s + shape.values * b.s + written,
+        l2_bytes=loaded + tiles * shape.values * b.s + written,
+        shared_bytes=loaded + depth * (step.rows + step.columns * (1 + step.rows / 64)),
+        chain=START + groups * count * STEP,
+        notes=(_START_NOTE, _RANDOM_NOTE, "tokens and values come from memory once, every further time from L2"),
+    )
+
+
 def few(b: Builder) -> Work:
     """A row (column) of blocks, or part of one, by some tokens at a time, on multiply-add units."""
     step, shape = b.step, b.shape
@@ -191,7 +212,7 @@ def few(b: Builder) -> Work:
         hbm_bytes=shape.tokens * b.side.other_width * b.s + shape.values * b.s + written,
         l2_bytes=blocks * (b.own + step.rows) * b.length * b.s + written,
         fma_flops=2.0 * blocks * step.columns * count * step.depth * (step.rows + 1),
-        chain=START + math.ceil(count / step.shared) * LOAD,
+        chain=START + math.ceil(count / step.side_by_side) * LOAD,
         notes=(_LOAD_NOTE, _RANDOM_NOTE),
     )
 
@@ -241,7 +262,7 @@ def add(b: Builder) -> Work:
     return Work("add", blocks, b.step.blocks_per_sm, hbm_bytes=hbm, l2_bytes=parts + to, fma_flops=parts / 4)
 
 
-WORKS = {"product": product, "few": few, "outer": outer, "derive": derive, "add": add}
+WORKS = {"product": product, "resident": resident, "few": few, "outer": outer, "derive": derive, "add": add}
 
 
 def works(shape: Shape, plan: Sequence[Step], card: Card) -> list[Work]:

@@ -98,13 +98,14 @@ def _step(
     kernel: str, name: str, card: Card, shape: Shape, rows: int, columns: int, depth: int, **more: Any
 ) -> Step:  # fmt: skip
     threads, resident, instruction = resources(name, card)
-    instruction = "" if shape.dtype == "float32" or kernel not in ("product", "outer") else instruction
+    instruction = "" if shape.dtype == "float32" or kernel not in ("product", "resident", "outer") else instruction
     return Step(kernel, rows, columns, depth, threads, resident, instruction, **more)
 
 
 # CUDA C++ -------------------------------------------------------------------------------------------------------------
 
-_THREADS, _FEW, _SCRATCH = 256, 16, 1 << 30
+_THREADS, _FEW, _MANY, _SCRATCH = 256, 16, 512, 1 << 30
+_SHARED = 227 * 1024  # bytes of a block on sm_90
 
 
 def _cuda(shape: Shape, card: Card) -> Iterator[Step]:
@@ -116,6 +117,8 @@ def _cuda(shape: Shape, card: Card) -> Iterator[Step]:
     def product(transposed: bool) -> Step:
         if shape.tokens < _FEW:
             return _vector(shape, card, transposed, number)
+        if wgmma and shape.tokens >= _MANY and (step := _resident(shape, card, transposed, number)):
+            return step
         name = _named(f"ticket_product{suffix}<{number}, {{}}, {side}>", transposed, card)
         return _step("product", name, card, shape, 128, side, depth, along_columns=transposed)
 
@@ -138,6 +141,21 @@ def _add(shape: Shape, card: Card, number: str, splits: int, size: int) -> Step:
     return _step("add", f"ticket_sum<{number}>", card, shape, 1, _THREADS, 1, splits=splits, size=size)
 
 
+def _resident(shape: Shape, card: Card, transposed: bool, number: str) -> Step | None:
+    """Tokens that stay in shared memory while up to four warpgroups pass the lines of small blocks; or None."""
+    side = shape.side(transposed)
+    columns = 16 if shape.block <= 16 else 32
+    panels = ceil(side.other_width, 64) * 128 * 128
+    groups = min((_SHARED - panels) // (4 * (columns * 128 + 16)), 4)
+    if shape.block > columns or shape.block % 16 or groups < 2:
+        return None
+    shares = min(_best_splits(ceil(shape.tokens, 128), card.sms), max(side.groups // groups, 1))
+    name = _named(f"ticket_resident<{number}, {{}}, {columns}>", transposed, card)
+    return _step(
+        "resident", name, card, shape, 128, columns, 64, along_columns=transposed, splits=shares, side_by_side=groups
+    )  # fmt: skip
+
+
 def _vector(shape: Shape, card: Card, transposed: bool, number: str) -> Step:
     """Eight warps share a line's blocks, each with four loads of 16 bytes a lane on their way."""
     chunk, lanes = 16 // shape.s, 1
@@ -146,7 +164,7 @@ def _vector(shape: Shape, card: Card, transposed: bool, number: str) -> Step:
     columns = lanes * chunk if transposed else 32 // lanes
     depth = 32 // lanes if transposed else lanes * chunk
     name = _named(f"ticket_vector<{number}, {{}}>", transposed, card)
-    return _step("few", name, card, shape, 8, columns, depth, along_columns=transposed, shared=32)
+    return _step("few", name, card, shape, 8, columns, depth, along_columns=transposed, side_by_side=32)
 
 
 def _named(pattern: str, transposed: bool, card: Card) -> str:

@@ -113,8 +113,47 @@ def test_training_is_a_forward_and_all_gradients():
             assert [step.along_columns for step in plan if step.kernel == product] == [False, True]
 
 
+class Everywhere(dict):
+    """A resource table that has every kernel: 256 threads, two blocks, the matrix instruction of its name."""
+
+    def __contains__(self, name):
+        return True
+
+    def __missing__(self, name):
+        matrix = "wgmma" if "wgmma" in name or "resident" in name else "mma"
+        return ((256, 2, matrix),) * 4
+
+
+def test_cuda_keeps_the_tokens_of_small_blocks_on_the_chip(monkeypatch):
+    monkeypatch.setattr(plans, "RESOURCES", Everywhere())
+
+    def kernels(tokens, block, dtype="bfloat16", card=H200, **more):
+        shape = Shape(tokens, block, 0.3, dtype, True, **more)
+        plan = ticket_plan.plan("cuda", shape, card)
+        assert model.total(ticket_model.predict(shape, plan, card)) > ticket_model.floor_seconds(shape, card)
+        return [step.kernel for step in plan if step.kernel not in ("derive", "add")]
+
+    # 768 numbers of 128 tokens fit, 3072 do not.
+    assert kernels(4096, 32) == kernels(512, 16) == ["resident", "product", "outer"]
+    assert kernels(4096, 32, out=768, width=3072) == ["product", "resident", "outer"]
+    assert kernels(4096, 32, out=768) == ["resident", "resident", "outer"]
+    for other in ({"tokens": 511}, {"block": 64}, {"block": 8}, {"dtype": "float32"}, {"card": CARDS["b200"]}):
+        assert kernels(**{"tokens": 4096, "block": 32, **other}) == ["product", "product", "outer"]
+    assert kernels(15, 32) == ["few", "few", "outer"]
+
+
+def test_amounts_of_tokens_on_the_chip_are_those_by_hand():
+    b = builder("resident", rows=128, columns=32, splits=2, side_by_side=2)
+    work = ticket_model.resident(b)
+    assert work.blocks == 8 * 2
+    assert work.tensor_flops == 2 * 1024 * 8 * 32 * 32
+    assert work.l2_bytes == 2 * (16 * 128 * 256 + 8 * 8 * 32 * 32 + 1024 * 128)
+    assert work.shared_bytes == 2 * (16 * 128 * 256 + 8 * 8 * 32 * (128 + 32 * 3))
+    assert work.chain == pytest.approx(ticket_model.START + ticket_model.STEP * ticket_model.expected_steps(8, 0.25, 2))
+
+
 def test_triton_launches_what_is_predicted():
-    """The model's programs are those of the launches, where all blocks are alive; of strips fewer have work otherwise."""
+    """The model's programs are those of the launches where all blocks are alive; else fewer strips have work."""
     pytest.importorskip("triton")
     for shape in (Shape(4096, 32, 0.3, "bfloat16", True), Shape(4096, 32, 1.0, "bfloat16", True)):
         plan = ticket_plan.plan("triton", shape, H200)
