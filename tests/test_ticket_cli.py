@@ -20,9 +20,7 @@ transformers = pytest.importorskip("transformers")
 def folder(tmp_path_factory):
     """A tiny encoder with its tokenizer, as Hugging Face has them."""
     root = tmp_path_factory.mktemp("model")
-    words = [
-        w for w in "a the return do what does with of in file package method thing first about red blue one".split()
-    ]
+    words = ("a", "the", "return", "do", "what", "with", "of", "file", "package", "method", "thing", "first", "red")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (root / "vocab.txt").write_text("\n".join(vocabulary))
     transformers.BertTokenizerFast(str(root / "vocab.txt")).save_pretrained(root)
