@@ -27,7 +27,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from build_backend import BUILD_TORCH, enabled, find_torch, without_extension  # noqa: E402
 
 # Folders of the tree that are packages inside pyeff.
-MAPPED = {"pyeff.kernels": "kernels", "pyeff.benchmarks": "benchmarks"}
+MAPPED = {
+    "pyeff.kernels": "kernels",
+    "pyeff.benchmarks": "benchmarks",
+    "pyeff.benchmarks.experiments": "benchmarks/experiments",
+    "pyeff.benchmarks.experiments.ticket_density": "benchmarks/experiments/ticket_density",
+}
 
 
 class CleanBuild(build):

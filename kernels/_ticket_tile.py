@@ -13,36 +13,63 @@ NONE, RELU, GELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _ROOT_TWO_PI = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
-__all__ = ["GELU", "NONE", "RELU", "activate", "dot", "locate", "slope"]
+__all__ = ["GELU", "NONE", "RELU", "activate", "dot", "entry_of", "group_of", "locate", "look_up", "slope"]
 
 
 @triton.jit
-def locate(
-    index, entry, end, within, other_at, slot_at,
-    COLUMNS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, RUN: tl.constexpr, JOINED: tl.constexpr,
-):  # fmt: skip
-    """Numbers ``within`` of the blocks ``entry``: (their places on the other side, in the values, whether they exist).
-
-    Args:
-        index: [*] int32, of a ticket: at ``other_at`` the other coordinate of each entry, at ``slot_at`` the stored
-            block (COLUMNS; along rows an entry is where it is stored).
-        entry: which block, a number, or [B] if JOINED is more than 1, where those from ``end`` on do not exist.
-        within: [B], the number in the block, from 0 to OTHER; those from OTHER on do not exist.
-        RUN: so many neighbours lie side by side, aligned; 1 where that is not known.
-
-    The place in the values is that of (own 0, within), int64.
-    """
-    inside = within < OTHER
-    slot = entry
-    if JOINED > 1:
-        inside = inside & (entry < end)
-        other = tl.load(index + other_at + entry, mask=entry < end, other=0)
-        if COLUMNS:
-            slot = tl.load(index + slot_at + entry, mask=entry < end, other=0)
+def entry_of(step, begin, k, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """What a step of BLOCK numbers meets: (the entries, one or [BLOCK]; the numbers in their blocks [BLOCK])."""
+    joined: tl.constexpr = BLOCK // PIECE
+    steps: tl.constexpr = PIECE // BLOCK
+    if joined > 1:
+        entry = begin + step * joined + k // PIECE
+        within = k % PIECE
+    elif steps > 1:
+        entry = begin + step // steps
+        within = step % steps * BLOCK + k
     else:
-        other = tl.load(index + other_at + entry)
-        if COLUMNS:
-            slot = tl.load(index + slot_at + entry)
+        entry = begin + step
+        within = k
+    return entry, within
+
+
+@triton.jit
+def group_of(index, at, groups, blocks, start_at, order_at):
+    """The group whose turn it is, and its entries: (group, first, end).
+
+    Nobody has looked into an index on the device. What is out of range is taken for the nearest that is not, here and
+    in ``look_up``, so that no index leads out of the tensors.
+    """
+    group = tl.load(index + order_at + at)
+    group = tl.minimum(tl.maximum(group, 0), groups - 1)
+    begin = tl.minimum(tl.maximum(tl.load(index + start_at + group), 0), blocks)
+    end = tl.minimum(tl.maximum(tl.load(index + start_at + group + 1), 0), blocks)
+    return group, begin, end
+
+
+@triton.jit
+def look_up(index, entry, end, others, blocks, other_at, slot_at, COLUMNS: tl.constexpr):
+    """The other coordinate of entries, and where they are stored; 0 for those from ``end`` on.
+
+    ``index`` is that of the ticket: at ``other_at`` the other coordinates, at ``slot_at`` the stored blocks of COLUMNS.
+    Along rows an entry is where it is stored.
+    """
+    exists = entry < end
+    other = tl.load(index + other_at + entry, mask=exists, other=0)
+    other = tl.minimum(tl.maximum(other, 0), others - 1)
+    slot = entry
+    if COLUMNS:
+        slot = tl.load(index + slot_at + entry, mask=exists, other=0)
+        slot = tl.minimum(tl.maximum(slot, 0), blocks - 1)
+    return other, slot
+
+
+@triton.jit
+def locate(other, slot, within, COLUMNS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, RUN: tl.constexpr):
+    """Where numbers of blocks are: (their places on the other side, those of (own 0, number) in the values, int64).
+
+    RUN neighbours lie side by side, aligned; 1 where that is not known.
+    """
     place = other * OTHER + within
     step: tl.constexpr = OWN if COLUMNS else 1
     stored = slot.to(tl.int64) * (OWN * OTHER) + within * step
@@ -50,7 +77,7 @@ def locate(
         place = tl.max_contiguous(tl.multiple_of(place, RUN), RUN)
         if not COLUMNS:
             stored = tl.max_contiguous(tl.multiple_of(stored, RUN), RUN)
-    return place, stored, inside
+    return place, stored
 
 
 @triton.jit

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +75,12 @@ class Side(NamedTuple):
     other: int
     groups: int
     others: int  # groups of the other side: no group has more blocks
+    blocks: int
     places: tuple[int, int, int, int]  # start, other coordinate, slot, order
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return self.groups, self.others, self.blocks
 
     def constants(self, step: int, itemsize: int, width: int) -> dict[str, Any]:
         """How a step of ``step`` numbers of the other side, which is ``width`` wide, meets the blocks."""
@@ -103,13 +107,15 @@ class Call:
         self.values, self.index = values, index
         nnz, bo, bi = values.shape
         rows, columns = cdiv(out, bo), cdiv(width, bi)
-        if index.numel() >= 1 << 31:
-            raise ValueError("index has 2^31 elements or more, the Triton kernels address it by 32 bits")
+        if index.numel() >= 1 << 31 or max(out, width) >= 1 << 23:
+            raise ValueError(
+                f"a weight [{out}, {width}] with {nnz} blocks, the Triton kernels address 2^23 columns, 2^31 positions"
+            )
         second = rows + 1 + nnz
         slot = second + columns + 1 + nnz
         order = slot + nnz
-        self.rows = Side(False, bo, bi, rows, columns, (0, rows + 1, slot, order))
-        self.columns = Side(True, bi, bo, columns, rows, (second, second + columns + 1, slot, order + rows))
+        self.rows = Side(False, bo, bi, rows, columns, nnz, (0, rows + 1, slot, order))
+        self.columns = Side(True, bi, bo, columns, rows, nnz, (second, second + columns + 1, slot, order + rows))
         self.machine = _launch.machine(values.device)
         self.itemsize = values.element_size()
 
@@ -125,9 +131,10 @@ class Call:
         aligned = all(t.data_ptr() % 16 == 0 for t in (*rows, self.values))
         return even and aligned and side.regular(self.itemsize)
 
-    def tall(self, kernel: str, side: Side, regular: bool) -> tuple[Config, ...]:
+    def tall(self, kernel: str, side: Side, regular: bool, gelu: bool = False) -> tuple[Config, ...]:
         """The configurations of a product's kernel for blocks of this side."""
-        return self.choices(f"{kernel}{ticket_configs.height(side.own, self.itemsize, regular)}", regular)
+        height = ticket_configs.height(side.own, self.itemsize, regular)
+        return self.choices(f"{kernel}{height}{'_gelu' * (gelu and height == 128)}", regular)
 
     def multiply(
         self, x: Tensor, y: Tensor, bias: Tensor | None, z: Tensor | None, activation: str, *, columns: bool
@@ -140,7 +147,7 @@ class Call:
         else:
             wanted = self.machine.multiprocessors * 3 // 4
             config = choose(
-                self.tall("ticket_multiply", side, self.regular(side, x)),
+                self.tall("ticket_multiply", side, self.regular(side, x), activation == "gelu"),
                 lambda blocks: side.groups * cdiv(side.own, blocks["BLOCK_M"]) * cdiv(tokens, blocks["BLOCK_N"]),
                 wanted,
             )
@@ -152,7 +159,7 @@ class Call:
             constants["EVEN"] = constants["WHOLE"] and step <= piece == side.other and side.own % height == 0
         launch(
             kernel, (side.groups * cdiv(side.own, height) * cdiv(tokens, rows),), config, x, self.values, self.index,
-            bias, y, z, tokens, side.groups, *side.places, x.stride(0), width, out, **constants,
+            bias, y, z, tokens, *side.counts, *side.places, x.stride(0), width, out, **constants,
         )  # fmt: skip
 
     def derive(
@@ -190,12 +197,12 @@ class Call:
         side = self.rows if self.rows.others >= self.columns.others else self.columns
         own, other = (x, g) if side.columns else (g, x)
         (config,) = self.tall("ticket_outer", side, self.regular(side, own, other))
-        blocks, tokens, nnz = config.blocks, g.shape[0], self.values.shape[0]
+        blocks, tokens = config.blocks, g.shape[0]
         constants = side.constants(blocks["BLOCK_N"], self.itemsize, other.shape[1])
         joined = max(blocks["BLOCK_N"] // constants["PIECE"], 1)
         programs = side.groups * cdiv(side.own, blocks["BLOCK_M"]) * max(constants["PIECE"] // blocks["BLOCK_N"], 1)
         # How many strips there are is on the device: what an even distribution of the blocks would make.
-        living = programs * cdiv(cdiv(nnz, side.groups), joined)
+        living = programs * cdiv(cdiv(side.blocks, side.groups), joined)
         limit = max(_launch.SCRATCH_LIMIT // (4 * dvalues.numel()), 1)
         parts, each = self.cut(tokens, blocks["BLOCK_K"], living, _PART_TOKENS)
         if parts > limit:
@@ -203,21 +210,38 @@ class Call:
         to = dvalues if parts == 1 else dvalues.new_empty(parts, *dvalues.shape, dtype=torch.float32)
         launch(
             ticket_backward.outer_blocks, (programs * cdiv(side.others, joined), parts), config, own, other,
-            self.index, to, tokens, each, dvalues.numel(), side.groups, *side.places, own.stride(0), other.stride(0),
+            self.index, to, tokens, each, dvalues.numel(), *side.counts, *side.places, own.stride(0), other.stride(0),
             own.shape[1], other.shape[1], **constants,
         )  # fmt: skip
         if parts > 1:
             self.add(to, dvalues)
 
 
-# What the ahead-of-time cases are made of: (out, in), block, tokens. Many tokens take the largest tiles, few the
-# smallest, and with the sizes of "odd" nothing comes in whole pieces.
-_AOT_BLOCKS = {"8": (8, 8), "16": (16, 16), "32": (32, 32), "64": (64, 64), "128": (128, 128)}
-_AOT_TOKENS = {"many": 65536, "tens": 33, "few": 5}
+# What the ahead-of-time cases are made of, by a name: dtype, block, tokens, the activation, and what of y, x (its
+# gradient), v (that of the values) and b (that of the bias). Many tokens take the largest tiles, tens the smallest.
+_AOT_CALLS: dict[str, tuple[torch.dtype, tuple[int, int], int, str, str]] = {
+    "many-16-bfloat16": (torch.bfloat16, (16, 16), 65536, "gelu", "yxvb"),
+    "many-8-bfloat16": (torch.bfloat16, (8, 8), 65536, "gelu", "yx"),
+    "many-32-bfloat16": (torch.bfloat16, (32, 32), 65536, "gelu", "yxv"),
+    "many-64-bfloat16": (torch.bfloat16, (64, 64), 65536, "gelu", "yxv"),
+    "many-128-bfloat16": (torch.bfloat16, (128, 128), 65536, "gelu", "yxv"),
+    "plain-128-bfloat16": (torch.bfloat16, (128, 128), 65536, "none", "y"),
+    "tens-16-bfloat16": (torch.bfloat16, (16, 16), 33, "gelu", "yx"),
+    "tens-32-bfloat16": (torch.bfloat16, (32, 32), 33, "gelu", "yxv"),
+    "tens-64-bfloat16": (torch.bfloat16, (64, 64), 33, "gelu", "yx"),
+    "tens-128-bfloat16": (torch.bfloat16, (128, 128), 33, "gelu", "yx"),
+    "tens-plain-128-bfloat16": (torch.bfloat16, (128, 128), 33, "none", "y"),
+    "few-32-bfloat16": (torch.bfloat16, (32, 32), 5, "gelu", "yxb"),
+    "many-16-float32": (torch.float32, (16, 16), 65536, "gelu", "yv"),
+    "many-32-float32": (torch.float32, (32, 32), 65536, "gelu", "xv"),
+    "many-64-float32": (torch.float32, (64, 64), 65536, "gelu", "yxv"),
+    "tens-64-float32": (torch.float32, (64, 64), 33, "gelu", "y"),
+    "odd-bfloat16": (torch.bfloat16, (24, 20), 65536, "gelu", "yxv"),
+}
 _AOT_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 
 
-def aot_cases(archs: Sequence[int] = ARCHITECTURES, *, every: bool = False) -> Iterator[AotCase]:
+def aot_cases(archs: Sequence[int] = ARCHITECTURES) -> Iterator[AotCase]:
     """Every kernel in every configuration, as calls of :func:`forward` and :func:`backward` would compile it.
 
     The calls are made with tensors that have no memory, and their launches collected. Triton's interpreter must be off
@@ -225,48 +249,40 @@ def aot_cases(archs: Sequence[int] = ARCHITECTURES, *, every: bool = False) -> I
 
     Args:
         archs: the architectures.
-        every: all combinations of options, not only those that lead to different products.
     """
     known = set()
     for arch in archs:
         on = Machine(arch, _AOT_MULTIPROCESSORS[arch])
-        for dtype, (label, block), (size, tokens) in product(
-            (torch.bfloat16, torch.float32, torch.float16), _AOT_BLOCKS.items(), _AOT_TOKENS.items()
-        ):
-            usual = dtype == torch.bfloat16 and (size == "many" or label in ("32", "128"))
-            single = dtype == torch.float32 and size == "many" and label in ("16", "32", "64")
-            if every or usual or single:
-                name = f"{size}-{label}-{str(dtype).removeprefix('torch.')}"
-                for case in cases(_aot_launches(on, tokens, (3072, 768), block, dtype), arch, name):
-                    if key(case) not in known:
-                        known.add(key(case))
-                        yield case
-        for case in cases(_aot_launches(on, 65536, (3070, 765), (24, 20), torch.bfloat16), arch, "odd-bfloat16"):
-            if key(case) not in known:
-                known.add(key(case))
-                yield case
+        for label, call in _AOT_CALLS.items():
+            for case in cases(_aot_launches(on, *call), arch, label):
+                if key(case) not in known:
+                    known.add(key(case))
+                    yield case
 
 
 def _aot_launches(
-    on: Machine, tokens: int, shape: tuple[int, int], block: tuple[int, int], dtype: torch.dtype
+    on: Machine, dtype: torch.dtype, block: tuple[int, int], tokens: int, activation: str, wanted: str
 ) -> list[Launch]:
-    """The launches of a forward that keeps z, and of its backward, with three tenths of the blocks alive."""
-    out, width = shape
+    """The launches of a call that keeps z, with three tenths of the blocks alive."""
+    out, width = (3070, 765) if block[0] % 8 or block[1] % 8 else (3072, 768)
     rows, columns = cdiv(out, block[0]), cdiv(width, block[1])
     nnz = rows * columns * 3 // 10
 
     def empty(*sizes: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(sizes, dtype=kind, device="meta")
 
-    x, y, z, values, bias = empty(tokens, width), empty(tokens, out), empty(tokens, out), empty(nnz, *block), empty(out)
+    none, x, y, values, bias = empty(0), empty(tokens, width), empty(tokens, out), empty(nnz, *block), empty(out)
+    z = y if activation == "gelu" else none
     index = empty(2 * (rows + columns) + 2 + 3 * nnz, kind=torch.int32)
+    gradients = [t if letter in wanted else none for letter, t in (("x", x), ("v", values), ("b", bias))]
     found = []
     # With what is excluded, which has to fail still, and without: what a call then takes in its place has to pass.
     for choice in (configs.with_excluded(), contextlib.nullcontext()):
         with choice, contextlib.suppress(RuntimeError), _launch.record(on) as launches:
             found.append(launches)
-            forward(x, values, index, bias, "gelu", y, z)
-            backward(y, x, values, index, z, "gelu", empty(tokens, width), empty(nnz, *block), empty(out))
+            if "y" in wanted:
+                forward(x, values, index, bias, activation, y, z)
+            backward(y, x, values, index, z, activation, *gradients)
     return [launch for launches in found for launch in launches]
 
 

@@ -7,7 +7,7 @@ second kernel adds them up in their order. Letters and rules as in ticket_forwar
 import triton
 import triton.language as tl
 
-from ._ticket_tile import NONE, dot, locate, slope
+from ._ticket_tile import NONE, dot, entry_of, group_of, locate, look_up, slope
 
 
 @triton.jit(do_not_specialize=["tokens", "tokens_each", "grad_stride"])
@@ -46,10 +46,12 @@ def derive(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "tokens_each", "size", "groups", "start_at", "other_at", "slot_at", "order_at"]
-)
+    do_not_specialize=[
+        "tokens", "tokens_each", "size", "groups", "others", "blocks", "start_at", "other_at", "slot_at", "order_at",
+    ]
+)  # fmt: skip
 def outer_blocks(
-    own, other, index, to, tokens, tokens_each, size, groups, start_at, other_at, slot_at, order_at,
+    own, other, index, to, tokens, tokens_each, size, groups, others, blocks, start_at, other_at, slot_at, order_at,
     own_stride, other_stride, own_width, other_width,
     COLUMNS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PIECE: tl.constexpr, RUN: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -72,19 +74,14 @@ def outer_blocks(
     pid = tl.program_id(0)
     at = pid % (groups * parts)
     strip = pid // (groups * parts)
-    group = tl.load(index + order_at + at // parts)
-    end = tl.load(index + start_at + group + 1)
-    first = tl.load(index + start_at + group) + strip // steps * joined
-    if first < end:
+    group, begin, end = group_of(index, at // parts, groups, blocks, start_at, order_at)
+    if begin + strip // steps * joined < end:
         m = at % parts * BLOCK_M + tl.arange(0, BLOCK_M)
         j = tl.arange(0, BLOCK_N)
-        if joined > 1:
-            entry = first + j // PIECE
-            within = j % PIECE
-        else:
-            entry = first
-            within = strip % steps * BLOCK_N + j
-        place, stored, inside = locate(index, entry, end, within, other_at, slot_at, COLUMNS, OWN, OTHER, RUN, joined)
+        entry, within = entry_of(strip, begin, j, PIECE, BLOCK_N)
+        other_group, slot = look_up(index, entry, end, others, blocks, other_at, slot_at, COLUMNS)
+        place, stored = locate(other_group, slot, within, COLUMNS, OWN, OTHER, RUN)
+        inside = (entry < end) & (within < OTHER)
         column = group * OWN + m
         part = tl.program_id(1)
         start = part * tokens_each
@@ -102,8 +99,8 @@ def outer_blocks(
             right = tl.load(own + row * own_stride + column[None, :], mask=live & has_column[None, :], other=0.0)
             acc = dot(tl.trans(left), right, acc)
         own_step: tl.constexpr = 1 if COLUMNS else OTHER
-        at = to + part.to(tl.int64) * size + stored[:, None] + (m * own_step)[None, :]
-        tl.store(at, acc.to(to.dtype.element_ty), mask=inside[:, None] & (m < OWN)[None, :])
+        pointers = to + part.to(tl.int64) * size + stored[:, None] + (m * own_step)[None, :]
+        tl.store(pointers, acc.to(to.dtype.element_ty), mask=inside[:, None] & (m < OWN)[None, :])
 
 
 @triton.jit(do_not_specialize=["parts", "size"])

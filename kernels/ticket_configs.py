@@ -51,6 +51,13 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
         100: _both(128, 128, 64, 8, 4, 64),
         120: _both(128, 128, 32, 8, 3),
     },
+    # With gelu's error function the largest tile does not fit into registers.
+    "ticket_multiply128_gelu": {
+        80: _both(128, 128, 64, 8, 3),
+        90: _both(128, 128, 64, 8, 4, 64),
+        100: _both(128, 128, 64, 8, 4, 64),
+        120: _both(128, 128, 32, 8, 3),
+    },
     # The other side's strip by the own side by tokens.
     "ticket_outer16": dict.fromkeys(ARCHITECTURES, (_tile("strip", 128, 16, 64, 4, 3),)),
     "ticket_outer32": dict.fromkeys(ARCHITECTURES, (_tile("strip", 128, 32, 64, 4, 3),)),
@@ -68,7 +75,7 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
 _FLOAT: dict[str, tuple[Config, ...]] = {
     "ticket_multiply16": (_tile("float", 64, 16, 16, 4, 2),),
     "ticket_multiply32": (_tile("float", 64, 32, 16, 4, 2),),
-    "ticket_multiply64": (_tile("float", 64, 64, 16, 8, 2), _tile("float-small", 32, 64, 16, 4, 2)),
+    "ticket_multiply64": (_tile("float", 64, 64, 16, 8, 2, 128), _tile("float-small", 32, 64, 16, 4, 2)),
     "ticket_outer16": (_tile("float", 64, 16, 16, 4, 2),),
     "ticket_outer32": (_tile("float", 64, 32, 16, 4, 2),),
     "ticket_outer64": (_tile("float", 64, 64, 16, 8, 2),),
@@ -76,9 +83,7 @@ _FLOAT: dict[str, tuple[Config, ...]] = {
 
 # Rows that are not whole 16-byte pieces come number by number, through registers: small tiles, for all architectures.
 _ODD: dict[str, tuple[Config, ...]] = {
-    "ticket_multiply16": (_tile("odd", 32, 16, 32, 4, 1),),
     "ticket_multiply32": (_tile("odd", 32, 32, 32, 4, 1),),
-    "ticket_outer16": (_tile("odd", 32, 16, 16, 4, 1),),
     "ticket_outer32": (_tile("odd", 32, 32, 16, 4, 1),),
 }
 
@@ -93,15 +98,19 @@ _INTERPRETED: dict[str, tuple[Config, ...]] = {
     f"ticket_{kernel}{height}": (_tile("interpreter", n, height, 32, 1, 1),)
     for kernel, n in (("multiply", 16), ("outer", 32))
     for height in HEIGHTS
-} | {"ticket_add": (Config("interpreter", {"BLOCK_M": 8, "BLOCK_N": 4096}, 1, 1),)}
+} | {
+    "ticket_multiply128_gelu": (_tile("interpreter", 16, 128, 32, 1, 1),),
+    "ticket_add": (Config("interpreter", {"BLOCK_M": 8, "BLOCK_N": 4096}, 1, 1),),
+}
 
 KERNELS = (*_HALF, *_SMALL)
 
 
 def height(side: int, itemsize: int, regular: bool) -> int:
     """BLOCK_M for a block with this own side."""
-    most = 32 if not regular else 64 if itemsize == 4 else 128
-    return next(h for h in HEIGHTS if h >= min(side, most))
+    if not regular:
+        return 32
+    return next(h for h in HEIGHTS if h >= min(side, 64 if itemsize == 4 else 128))
 
 
 def choices(kernel: str, arch: int, itemsize: int, regular: bool = True) -> tuple[Config, ...]:

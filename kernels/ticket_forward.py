@@ -8,12 +8,13 @@ repeat it and are not stored. Offsets of rows and of stored blocks are int64. So
 import triton
 import triton.language as tl
 
-from ._ticket_tile import activate, dot, locate
+from ._ticket_tile import activate, dot, entry_of, group_of, locate, look_up
 
 
-@triton.jit(do_not_specialize=["tokens", "groups", "start_at", "other_at", "slot_at", "order_at"])
+@triton.jit(do_not_specialize=["tokens", "groups", "others", "blocks", "start_at", "other_at", "slot_at", "order_at"])
 def multiply(
-    x, values, index, bias, y, z, tokens, groups, start_at, other_at, slot_at, order_at, x_stride, width, out,
+    x, values, index, bias, y, z, tokens, groups, others, blocks, start_at, other_at, slot_at, order_at,
+    x_stride, width, out,
     COLUMNS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PIECE: tl.constexpr, RUN: tl.constexpr,
     WHOLE: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -23,8 +24,9 @@ def multiply(
     Args:
         x: [N, width] T, rows x_stride apart. values: [nnz, bo, bi] T. index: int32, of the ticket.
         bias: [out] T or None. y, z: [N, out] T, out: the result, and what the activation was taken of (or None).
-        groups: rows of blocks (COLUMNS: columns). start_at, other_at, slot_at, order_at: where the parts of the index
-            begin: entries of each group, their other coordinate, their slots, the groups with the fullest first.
+        groups: rows of blocks (COLUMNS: columns). others: the other way round. blocks: nnz.
+        start_at, other_at, slot_at, order_at: where the parts of the index begin: the entries of each group, their
+            other coordinates, their slots, and the groups with the fullest first.
         PIECE: OTHER rounded up to a power of two. A step of the sum takes BLOCK_K / PIECE blocks at once, neighbours
             or not, or a part of one. RUN: see ``locate``.
         WHOLE: no block reaches past ``width``. EVEN: nor is one rounded up, and a step takes no more than one.
@@ -35,9 +37,7 @@ def multiply(
     parts: tl.constexpr = (OWN + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     at = pid % (groups * parts)
-    group = tl.load(index + order_at + at // parts)
-    begin = tl.load(index + start_at + group)
-    end = tl.load(index + start_at + group + 1)
+    group, begin, end = group_of(index, at // parts, groups, blocks, start_at, order_at)
     tile = pid // (groups * parts) * BLOCK_N
     local = tl.arange(0, BLOCK_N)
     live = local < tokens - tile
@@ -49,15 +49,15 @@ def multiply(
     k = tl.arange(0, BLOCK_K)
     joined: tl.constexpr = BLOCK_K // PIECE if BLOCK_K > PIECE else 1
     steps: tl.constexpr = PIECE // BLOCK_K if PIECE > BLOCK_K else 1
+    entry, within = entry_of(0, begin, k, PIECE, BLOCK_K)
+    other, slot = look_up(index, entry, end, others, blocks, other_at, slot_at, COLUMNS)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in range(0, tl.cdiv(end - begin, joined) * steps):
-        if joined > 1:
-            entry = begin + step * joined + k // PIECE
-            within = k % PIECE
-        else:
-            entry = begin + step // steps
-            within = step % steps * BLOCK_K + k
-        place, stored, inside = locate(index, entry, end, within, other_at, slot_at, COLUMNS, OWN, OTHER, RUN, joined)
+    for step in range(tl.cdiv(end - begin, joined) * steps):
+        place, stored = locate(other, slot, within, COLUMNS, OWN, OTHER, RUN)
+        inside = (entry < end) & (within < OTHER)
+        # The next step's index is looked up a step ahead, so that the loads below wait for none.
+        entry, within = entry_of(step + 1, begin, k, PIECE, BLOCK_K)
+        other, slot = look_up(index, entry, end, others, blocks, other_at, slot_at, COLUMNS)
         if EVEN:
             left = tl.load(rows + place[None, :])
             right = tl.load(weights + stored[:, None])
@@ -71,16 +71,19 @@ def multiply(
     exists = (m < OWN) & (column < out)
     if bias is not None:
         acc += tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-    to = tile.to(tl.int64) * out + (local.to(tl.int64) * out)[:, None] + column[None, :]
+    # A tile's start is a 64-bit scalar, so that its numbers' offsets, of which there are many, need 32 bits only.
+    start = tile.to(tl.int64) * out
+    to = (local * out)[:, None] + column[None, :]
     mask = live[:, None] & exists[None, :]
     if z is not None:
-        tl.store(z + to, acc.to(z.dtype.element_ty), mask=mask)
-    tl.store(y + to, activate(acc, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+        tl.store(z + start + to, acc.to(z.dtype.element_ty), mask=mask)
+    tl.store(y + start + to, activate(acc, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "groups", "start_at", "other_at", "slot_at", "order_at"])
+@triton.jit(do_not_specialize=["tokens", "groups", "others", "blocks", "start_at", "other_at", "slot_at", "order_at"])
 def multiply_few(
-    x, values, index, bias, y, z, tokens, groups, start_at, other_at, slot_at, order_at, x_stride, width, out,
+    x, values, index, bias, y, z, tokens, groups, others, blocks, start_at, other_at, slot_at, order_at,
+    x_stride, width, out,
     COLUMNS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PIECE: tl.constexpr, RUN: tl.constexpr,
     WHOLE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_STEP: tl.constexpr,
 ):  # fmt: skip
@@ -93,9 +96,7 @@ def multiply_few(
     parts: tl.constexpr = (OWN + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     at = pid % (groups * parts)
-    group = tl.load(index + order_at + at // parts)
-    begin = tl.load(index + start_at + group)
-    end = tl.load(index + start_at + group + 1)
+    group, begin, end = group_of(index, at // parts, groups, blocks, start_at, order_at)
     n = pid // (groups * parts) * 4
     m = at % parts * BLOCK_M + tl.arange(0, BLOCK_M)
     own_step: tl.constexpr = 1 if COLUMNS else OTHER
@@ -104,16 +105,16 @@ def multiply_few(
     k = tl.arange(0, BLOCK_STEP)
     joined: tl.constexpr = BLOCK_STEP // PIECE if BLOCK_STEP > PIECE else 1
     steps: tl.constexpr = PIECE // BLOCK_STEP if PIECE > BLOCK_STEP else 1
+    entry, within = entry_of(0, begin, k, PIECE, BLOCK_STEP)
+    other, slot = look_up(index, entry, end, others, blocks, other_at, slot_at, COLUMNS)
     acc0 = tl.zeros([BLOCK_M, BLOCK_STEP], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
-    for step in range(0, tl.cdiv(end - begin, joined) * steps):
-        if joined > 1:
-            entry = begin + step * joined + k // PIECE
-            within = k % PIECE
-        else:
-            entry = begin + step // steps
-            within = step % steps * BLOCK_STEP + k
-        place, stored, inside = locate(index, entry, end, within, other_at, slot_at, COLUMNS, OWN, OTHER, RUN, joined)
+    for step in range(tl.cdiv(end - begin, joined) * steps):
+        place, stored = locate(other, slot, within, COLUMNS, OWN, OTHER, RUN)
+        inside = (entry < end) & (within < OTHER)
+        # The next step's index is looked up a step ahead, so that the loads below wait for none.
+        entry, within = entry_of(step + 1, begin, k, PIECE, BLOCK_STEP)
+        other, slot = look_up(index, entry, end, others, blocks, other_at, slot_at, COLUMNS)
         if not WHOLE:
             inside = inside & (place < width)
         weight = tl.load(weights + stored[None, :], mask=(m < OWN)[:, None] & inside[None, :], other=0.0).to(tl.float32)

@@ -44,7 +44,7 @@ WGMMA = (
     r"fence\.proxy\.async\.shared::cta",
     *(
         rf"wgmma\.mma_async\.sync\.aligned\.m64n{n}k16\.f32\.{t}\.{t}"
-        for n in (64, 96, 128, 192, 256)
+        for n in (16, 32, 64, 96, 128, 192, 256)
         for t in ("bf16", "f16")
     ),
 )
@@ -85,8 +85,8 @@ def test_every_primitive_is_its_instruction(arch, tmp_path):
 def test_it_assembles_without_spills(arch, tmp_path):
     said = compile_to("cubin", arch, tmp_path / "all.cubin")
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    # use_basics and five widths of use_wgmma, for both types, and use_cluster.
-    assert len(spilled) == 13
+    # use_basics and seven widths of use_wgmma, for both types, and use_cluster.
+    assert len(spilled) == 17
     assert set(spilled) == {("0", "0")}
     # ptxas puts a wait after each wgmma where it sees the accumulators used in between, and says so.
     assert "serialized" not in said

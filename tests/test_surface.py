@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import doctest
 import importlib
 import inspect
@@ -19,6 +20,7 @@ import pyeff
 from pyeff import backends
 from tests.helpers import make_read
 from tests.test_backends import output
+from tests.ticket_calls import make_call
 
 ROOT = Path(pyeff.__file__).resolve().parents[1]
 FOLDERS = ("pyeff", "csrc", "tests", "benchmarks", "kernels", "cmake", "scripts")
@@ -27,12 +29,13 @@ OPTIONAL = ("rich", "typer", "matplotlib", "transformers", "safetensors", "trito
 
 # What others build on: it may grow, never shrink.
 PROMISED = {
-    "pyeff": ("backend", "info", "nn", "ops", "recipes", "reference"),
-    "pyeff.ops": ("read_recurrence", "read_step"),
-    "pyeff.reference": ("read_recurrence", "read_step"),
-    "pyeff.nn": ("ReadAdapter",),
-    "pyeff.recipes": ("read",),
+    "pyeff": ("Ticket", "backend", "info", "nn", "ops", "recipes", "reference"),
+    "pyeff.ops": ("read_recurrence", "read_step", "ticket_linear"),
+    "pyeff.reference": ("read_recurrence", "read_step", "ticket_linear"),
+    "pyeff.nn": ("ReadAdapter", "TicketLinear"),
+    "pyeff.recipes": ("read", "ticket"),
     "pyeff.recipes.read": ("attach",),
+    "pyeff.recipes.ticket": ("prune",),
 }
 
 
@@ -46,8 +49,15 @@ def read_step_example():
     return (call.phi[0], call.tensors["h0"], call.tensors["w_ih"], call.tensors["w_hh"]), {}
 
 
+def ticket_example():
+    call = make_call(dtype=torch.float32, traps=False)
+    return (call.tensors["x"], call.tensors["values"], call.ticket, call.tensors["bias"]), {"activation": "gelu"}
+
+
 # A valid call of each function of pyeff.ops: (arguments, keywords).
-EXAMPLES = {"read_recurrence": read_example, "read_step": read_step_example}
+EXAMPLES = {"read_recurrence": read_example, "read_step": read_step_example, "ticket_linear": ticket_example}
+# What a function takes as one object, and its op as plain arguments.
+UNPACKED = {"state": {"h", "c"}, "ticket": {"index", "out_features"}}
 OPERATIONS = pyeff.ops.__all__
 
 
@@ -173,8 +183,8 @@ def test_schema_has_the_arguments_of_the_function(op):
     """torch.ops.pyeff.<op> knows every option of the function, with the same default."""
     schema = {a.name: a for a in getattr(torch.ops.pyeff, op).default._schema.arguments}
     for name, parameter in inspect.signature(getattr(pyeff.ops, op)).parameters.items():
-        if name == "state":  # a pair for the LSTM: the schema holds its two tensors
-            assert {"h", "c"} <= set(schema)
+        if name in UNPACKED:
+            assert UNPACKED[name] <= set(schema)
             continue
         assert name in schema, name
         if parameter.default is not parameter.empty and parameter.default is not None:
@@ -195,7 +205,15 @@ def test_op_runs_on_fake_tensors(op, backend):
     arguments, keywords = EXAMPLES[op]()
     expected = getattr(pyeff.ops, op)(*arguments, **keywords)
     with FakeTensorMode() as mode:
-        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (arguments, keywords))
+
+        def to_fake(value):
+            if not isinstance(value, pyeff.Ticket):
+                return mode.from_tensor(value)
+            fake = copy.copy(value)
+            fake.index = mode.from_tensor(value.index)
+            return fake
+
+        fake = torch.utils._pytree.tree_map_only((torch.Tensor, pyeff.Ticket), to_fake, (arguments, keywords))
         found = getattr(pyeff.ops, op)(*fake[0], **fake[1])
     assert type(found).__name__ == "FakeTensor"
     assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)

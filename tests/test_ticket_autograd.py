@@ -268,9 +268,7 @@ def test_opcheck_forward(native_kernels, activation, trains):
         call = make_call(lead=(2, 3), activation=activation, traps=False, x_strides=strides)
         arguments, _ = public_arguments(call.require_grad(["x", "values", "bias"] if trains else ()))
         keep = trains and activation == "gelu"
-        torch.library.opcheck(
-            torch.ops.pyeff.ticket_forward, (*arguments, activation or "none", keep, native_kernels)
-        )
+        torch.library.opcheck(torch.ops.pyeff.ticket_forward, (*arguments, activation or "none", keep, native_kernels))
 
 
 @activations
@@ -318,7 +316,7 @@ def test_shapes_past_2_to_the_31_elements():
 
 
 def test_rows_far_apart(cpu_kernels):
-    """A row stride of 2^30 elements: 32-bit offsets to the second and third token would be negative, or wrap to zero."""
+    """A row stride of 2^30 elements: in 32 bits the offset of the third token would be negative."""
     call = make_call((40, 56), 16, lead=(3,), dtype=torch.bfloat16)
     stride = 2**30
     storage = torch.UntypedStorage(2 * (2 * stride + 56))

@@ -159,9 +159,7 @@ def test_export(native, strict, tmp_path):
     """The graph holds the op; the file of it gives what the module gives, for any number of tokens."""
     layer, tokens = Layer().eval(), torch.export.Dim("tokens", min=2)
     with torch.no_grad():
-        program = torch.export.export(
-            layer, (torch.randn(5, 56),), dynamic_shapes={"x": {0: tokens}}, strict=strict
-        )
+        program = torch.export.export(layer, (torch.randn(5, 56),), dynamic_shapes={"x": {0: tokens}}, strict=strict)
         torch.export.save(program, tmp_path / "layer.pt2")
         loaded = torch.export.load(tmp_path / "layer.pt2").module()
         for count in (2, 5, 33):

@@ -38,19 +38,20 @@
 // Matrix tiles of a warpgroup (4 warps, the first a multiple of 4), where kHasWgmma; PTX wgmma on sm_90a
 //   void wgmma_fence()               before the first wgmma and whenever registers of d were touched
 //   void wgmma<T, N, TransB, TransA>(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate)
-//     m64nNk16, N = 64, 96, 128, 192, 256: d = a b (+ d). a is K-major [M, K], or [K, M] with TransA; b is K-major
-//     [N, K], or [K, N] with TransB
+//     m64nNk16, N = 16, 32, 64, 96, 128, 192, 256: d = a b (+ d). a is K-major [M, K], or [K, M] with TransA; b is
+//     K-major [N, K], or [K, N] with TransB
 //   void wgmma_commit(), void wgmma_wait<N>()
 //     d may not be looked at before the wait, nor may the shared memory of a and b be overwritten
 //   void wgmma_pin(float (&d)[K])    keeps the compiler from moving d's reads and writes over this place: call it
 //   before
 //                                    the fence and after the wait
-//   uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes)      128-byte swizzle
+//   uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, int swizzle = 128)
 //     An operand is made of atoms of 8 rows of 128 bytes, each aligned to 1024. The 16-byte piece at row y, piece x of
 //     an atom lies at y * 128 + (x ^ y) * 16. K-major: rows are along M or N, a row holds 64 numbers along K, stride is
 //     from one 8 rows to the next, leading is not used, and a step of 16 in K is 32 bytes further. TransB: rows are
 //     along K, a row holds 64 numbers along N; stride is from one 8 of K to the next, leading from one 64 of N to the
-//     next.
+//     next. With a swizzle of 64 or 32 bytes, for fewer numbers along N, rows are as long, atoms of 8 rows are aligned
+//     to 512 or 256, and the piece lies at x ^ (y / 2) or x ^ (y / 4) of its row.
 //   void async_proxy_fence()         after writing what a wgmma reads, by each writer, before the barrier
 // Clusters of blocks along x (Launch::cluster), sm_90 and later; elsewhere one block is its own cluster
 //   int cluster_rank(), cluster_size()

@@ -73,10 +73,14 @@ PYEFF_DEVICE void async_proxy_fence() {
 #endif
 }
 
-PYEFF_DEVICE uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes) {
+PYEFF_DEVICE uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, int swizzle = 128) {
   const auto encode = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffffu) >> 4); };
   return encode(detail::shared_address(shared)) | encode(static_cast<uint32_t>(leading_bytes)) << 16 |
-         encode(static_cast<uint32_t>(stride_bytes)) << 32 | uint64_t{1} << 62;
+         encode(static_cast<uint32_t>(stride_bytes)) << 32 |
+         uint64_t{swizzle == 128  ? 1u
+                  : swizzle == 64 ? 2u
+                                  : 3u}
+             << 62;
 }
 
 namespace detail {
@@ -89,6 +93,8 @@ struct Wgmma;
 #define PYEFF_EIGHT(i)                                                                                        \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
+#define PYEFF_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define PYEFF_REGISTERS_16 PYEFF_TEN("") ", %10, %11, %12, %13, %14, %15"
 #define PYEFF_REGISTERS_32 PYEFF_TEN("") ", " PYEFF_TEN("1") ", " PYEFF_TEN("2") ", %30, %31"
 #define PYEFF_REGISTERS_48 \
   PYEFF_TEN("") ", " PYEFF_TEN("1") ", " PYEFF_TEN("2") ", " PYEFF_TEN("3") ", " \
@@ -102,6 +108,8 @@ struct Wgmma;
 #define PYEFF_REGISTERS_128                                                                                          \
   PYEFF_REGISTERS_60 ", " PYEFF_TEN("6") ", " PYEFF_TEN("7") ", " PYEFF_TEN("8") ", " PYEFF_TEN("9") ", " PYEFF_TEN( \
       "10") ", " PYEFF_TEN("11") ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define PYEFF_D_8 PYEFF_EIGHT(0)
+#define PYEFF_D_16 PYEFF_EIGHT(0), PYEFF_EIGHT(8)
 #define PYEFF_D_32 PYEFF_EIGHT(0), PYEFF_EIGHT(8), PYEFF_EIGHT(16), PYEFF_EIGHT(24)
 #define PYEFF_D_48 PYEFF_D_32, PYEFF_EIGHT(32), PYEFF_EIGHT(40)
 #define PYEFF_D_64 PYEFF_D_48, PYEFF_EIGHT(48), PYEFF_EIGHT(56)
@@ -126,6 +134,8 @@ struct Wgmma;
         PYEFF_WGMMA_TYPED(text, "f16", PYEFF_REGISTERS_##count, PYEFF_D_##count, __VA_ARGS__);  \
     }                                                                                           \
   }
+PYEFF_WGMMA(16, "16", 8, "8", "9", "10", "11", "12");
+PYEFF_WGMMA(32, "32", 16, "16", "17", "18", "19", "20");
 PYEFF_WGMMA(64, "64", 32, "32", "33", "34", "35", "36");
 PYEFF_WGMMA(96, "96", 48, "48", "49", "50", "51", "52");
 PYEFF_WGMMA(128, "128", 64, "64", "65", "66", "67", "68");
@@ -142,12 +152,16 @@ PYEFF_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumula
 
 #undef PYEFF_TEN
 #undef PYEFF_EIGHT
+#undef PYEFF_REGISTERS_8
+#undef PYEFF_REGISTERS_16
 #undef PYEFF_REGISTERS_32
 #undef PYEFF_REGISTERS_48
 #undef PYEFF_REGISTERS_60
 #undef PYEFF_REGISTERS_64
 #undef PYEFF_REGISTERS_96
 #undef PYEFF_REGISTERS_128
+#undef PYEFF_D_8
+#undef PYEFF_D_16
 #undef PYEFF_D_32
 #undef PYEFF_D_48
 #undef PYEFF_D_64

@@ -88,8 +88,7 @@ void run_outer(Launches& launches, const TicketProblem& p, const TicketBackward&
   params.parts = static_cast<int>(plan.parts), params.tiles = static_cast<int>(plan.tiles);
   params.splits = static_cast<int>(plan.splits);
   params.grad_aligned = p.block_out % kChunk<T> == 0 && aligned_to(grad, 16) && grad_stride * size % 16 == 0;
-  params.whole = p.block_in % kChunk<T> == 0;
-  params.x_aligned = params.whole && aligned_to(p.x, 16) && p.x_stride * size % 16 == 0;
+  params.x_aligned = p.block_in % kChunk<T> == 0 && aligned_to(p.x, 16) && p.x_stride * size % 16 == 0;
   params.pairs = p.block_in % 2 == 0 && aligned_to(b.dvalues, 4);
   constexpr int kNarrow = sizeof(T) == 2 ? 64 : 32;
   if (plan.rows == kNarrow) {
@@ -125,7 +124,7 @@ const char* ticket_backward(const TicketProblem& p, const TicketBackward& b, voi
                                   p.activation, false};
       params.pairs = p.out % 2 == 0 && b.grad_stride % 2 == 0 && aligned_to(b.grad, 4) && aligned_to(b.saved, 4);
       launches.run("ticket_gradient", ticket_gradient<T>, {div_up(p.out, int64_t{kGradientColumns}), local.splits},
-                   kThreads, kThreads / kWarp * kGradientColumns * static_cast<int>(sizeof(float)), params);
+                   kThreads, kGradientShared, params);
       if (b.dbias) sum_parts<T>(launches, local.bias, b.dbias, p.out, local.splits);
     }
     if (b.dx) {

@@ -21,6 +21,8 @@ struct TicketLine {
   int64_t first = 0;
   int count = 0;
 
+  TicketLine() = default;
+
   // Whatever the index holds, the entries are there, and no more than a line can have.
   PYEFF_DEVICE TicketLine(const TicketSide& side, int line) {
     int64_t begin = load(side.start + line), end = load(side.start + line + 1);
@@ -57,16 +59,14 @@ struct TicketStep {
   }
 };
 
-// A chunk of numbers, each from its own address; null stands for 0.
+// A chunk of numbers, each from its own address; null stands for 0. For what is odd: slow, but small.
 template <class T, class Address>
 PYEFF_DEVICE void gather_chunk(char* shared, const Address& address) {
-  float x[kChunk<T>];
-  PYEFF_UNROLL
+  PYEFF_NO_UNROLL
   for (int i = 0; i < kChunk<T>; ++i) {
     const T* from = address(i);
-    x[i] = from ? to_float(load(from)) : 0.0f;
+    store_shared(reinterpret_cast<T*>(shared) + i, from ? load(from) : T{});
   }
-  store_shared16(shared, detail::pack_chunk(x, T{}));
 }
 
 // The numbers of a chunk.
@@ -108,9 +108,7 @@ struct TicketProductParams {
   int parts;           // tiles, or warps' shares, of a line
   int group;           // token tiles that are handed out together
   TicketActivation activation;
-  bool rows_aligned, values_aligned;  // chunks lie within a block's line, at multiples of 16 bytes
-  bool whole;                         // the depth of a block is a multiple of a chunk
-  bool pairs;                         // neighbours of an output lie in one aligned word
+  bool rows_aligned, values_aligned;  // chunks lie within a block, at multiples of 16 bytes
   bool to_aligned;                    // chunks of the outputs that begin with a line lie at multiples of 16 bytes
 };
 
@@ -130,66 +128,70 @@ struct TicketPlace {
   }
 };
 
-// Two neighbouring outputs of a token, the first of them `column` of the line; or the first alone, where `most` is 1.
+// One output of a token, in `column` of the line.
 template <class T>
-PYEFF_DEVICE void store_product(const TicketProductParams& p, int64_t token, int line, int column, float low,
-                                float high, int most = 2) {
+PYEFF_DEVICE void store_product(const TicketProductParams& p, int64_t token, int line, int column, float sum) {
   const int at = line * p.columns + column;
-  int count = p.columns - column < p.across - at ? p.columns - column : p.across - at;
-  if (token >= p.tokens || count <= 0) return;
-  if (count > most) count = most;
-  const int64_t to = token * p.across + at;
-  if (p.bias) {
-    float bias[2];
-    load_two(bias, static_cast<const T*>(p.bias) + at, count, p.pairs);
-    low += bias[0], high += bias[1];
-  }
-  if (p.kept) store_two(static_cast<T*>(p.kept) + to, low, high, count, p.pairs);
-  store_two(static_cast<T*>(p.to) + to, activated(low, p.activation), activated(high, p.activation), count, p.pairs);
+  if (column >= p.columns || at >= p.across) return;
+  if (p.bias) sum += to_float(load(static_cast<const T*>(p.bias) + at));
+  if (p.kept) store(static_cast<T*>(p.kept) + token * p.across + at, from_float<T>(sum));
+  store(static_cast<T*>(p.to) + token * p.across + at, from_float<T>(activated(sum, p.activation)));
 }
 
-// The same for a tile of 16-bit numbers, through shared memory that nobody uses any more: each thread has pairs, and
-// the memory wants whole rows. `each` calls its argument with the row, the column and the two sums of every pair.
-template <class T, int Rows, int N, int Threads, class Each>
-PYEFF_DEVICE void store_staged(const TicketProductParams& p, int64_t token0, int line, int column0, char* staged,
-                               int thread, int barrier_id, const Each& each) {
-  // 16 bytes more than a row: eight rows of a column of pairs lie in different banks.
-  constexpr int kPitch = N * 2 + 16, kChunks = N / 8;
-  const int at0 = line * p.columns + column0;
-  const int most = p.columns - column0 < p.across - at0 ? p.columns - column0 : p.across - at0;
-  const auto meet = [&] {
-    if (barrier_id < 0)
-      barrier();
-    else
-      named_barrier(barrier_id, Threads);
-  };
-  PYEFF_NO_UNROLL
-  for (int pass = p.kept ? 0 : 1; pass < 2; ++pass) {
-    meet();
-    each([&](int row, int column, float low, float high) {
-      if (p.bias) {
-        float bias[2];
-        load_two(bias, static_cast<const T*>(p.bias) + at0 + column, most - column, p.pairs);
-        low += bias[0], high += bias[1];
+// The sums of a tile in shared memory that nobody uses any more: each thread has pairs of them, and the memory wants
+// whole rows.
+template <int N>
+struct TicketStaged {
+  // Eight rows of a column of pairs lie in different banks, four at a time.
+  static constexpr int kPitch = N + 8;
+  static constexpr int bytes(int rows) { return rows * kPitch * static_cast<int>(sizeof(float)); }
+  float* data;
+
+  PYEFF_DEVICE void put(int row, int column, float low, float high) const {
+    store_shared(data + row * kPitch + column, low);
+    store_shared(data + row * kPitch + column + 1, high);
+  }
+
+  // By `threads` threads, after a barrier: bias and activation, a chunk of outputs at a time.
+  template <class T>
+  PYEFF_DEVICE void store(const TicketProductParams& p, int rows, int64_t token0, int line, int column0, int thread,
+                          int threads) const {
+    constexpr int kChunks = N / kChunk<T>;
+    const int at0 = line * p.columns + column0;
+    const int most = p.columns - column0 < p.across - at0 ? p.columns - column0 : p.across - at0;
+    PYEFF_NO_UNROLL
+    for (int i = thread; i < rows * kChunks; i += threads) {
+      const int row = i / kChunks, column = i % kChunks * kChunk<T>, left = most - column;
+      if (token0 + row >= p.tokens || left <= 0) continue;
+      float z[kChunk<T>], y[kChunk<T>];
+      const T* bias = static_cast<const T*>(p.bias) + at0 + column;
+      PYEFF_UNROLL
+      for (int j = 0; j < kChunk<T>; j += 4) {
+        const Vec16 four = load_shared16(data + row * kPitch + column + j);
+        PYEFF_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          z[j + e] = float_of(four.x[e]);
+          if (p.bias && j + e < left) z[j + e] += to_float(load(bias + j + e));
+          y[j + e] = activated(z[j + e], p.activation);
+        }
       }
-      if (pass == 1) low = activated(low, p.activation), high = activated(high, p.activation);
-      store_shared(reinterpret_cast<uint32_t*>(staged + row * kPitch + column * 2), pack2<T>(low, high));
-    });
-    meet();
-    T* to = static_cast<T*>(pass == 0 ? p.kept : p.to) + at0;
-    for (int i = thread; i < Rows * kChunks; i += Threads) {
-      const int row = i / kChunks, column = i % kChunks * 8;
-      if (token0 + row >= p.tokens || column >= most) continue;
-      const char* from = staged + row * kPitch + column * 2;
-      T* at = to + (token0 + row) * p.across + column;
-      if (p.to_aligned && column + 8 <= most) {
-        store16(at, load_shared16(from));
-      } else {
-        for (int j = 0; j < 8 && column + j < most; ++j)
-          store(at + j, load_shared(reinterpret_cast<const T*>(from) + j));
-      }
+      const int64_t to = (token0 + row) * p.across + at0 + column;
+      if (p.kept) store_chunk(static_cast<T*>(p.kept) + to, z, left, p.to_aligned);
+      store_chunk(static_cast<T*>(p.to) + to, y, left, p.to_aligned);
     }
   }
-}
+
+ private:
+  template <class T>
+  PYEFF_DEVICE static void store_chunk(T* to, const float (&x)[kChunk<T>], int count, bool aligned) {
+    if (aligned && count >= kChunk<T>) {
+      store16(to, detail::pack_chunk(x, T{}));
+    } else {
+      PYEFF_UNROLL
+      for (int j = 0; j < kChunk<T>; ++j)
+        if (j < count) gpu::store(to + j, from_float<T>(x[j]));
+    }
+  }
+};
 
 }  // namespace pyeff::gpu

@@ -3,6 +3,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/ticket_product.cuh"
+#include "cuda/ticket_resident.cuh"
 #include "cuda/ticket_vector.cuh"
 #include "cuda/ticket_wgmma.cuh"
 
@@ -10,6 +11,8 @@ namespace pyeff::gpu {
 
 // Fewer tokens than this are multiplied without matrix tiles.
 constexpr int64_t kTicketFewTokens = 16;
+// From this many on, tokens are kept on the chip for the lines of small blocks: each tile of them is loaded as a whole.
+constexpr int64_t kTicketManyTokens = 512;
 // Tokens that are handed out together: with them the lines of a product are likely to find the rows in the cache.
 constexpr int64_t kTicketGroup = 8192;
 
@@ -43,8 +46,7 @@ TicketProductParams ticket_params(const TicketProblem& p, const void* rows, int6
   params.across = static_cast<int>(Transposed ? p.width : p.out);
   params.depth = static_cast<int>(Transposed ? p.block_out : p.block_in);
   params.columns = static_cast<int>(Transposed ? p.block_in : p.block_out);
-  params.whole = params.depth % kChunk<T> == 0;
-  params.rows_aligned = params.whole && aligned_to(rows, 16) && stride * size % 16 == 0;
+  params.rows_aligned = params.depth % kChunk<T> == 0 && aligned_to(rows, 16) && stride * size % 16 == 0;
   params.values_aligned = p.block_in % kChunk<T> == 0 && aligned_to(p.values, 16);
   return params;
 }
@@ -61,8 +63,27 @@ void run_ticket_tile(const TicketProductParams& p, const Grid& grid, const Machi
   launches.run("ticket_product", ticket_product<T, Transposed, N>, grid, kThreads, TicketTile<T, N>::kShared, p);
 }
 
+template <class T, bool Transposed, int N>
+bool run_ticket_resident(const TicketProductParams& p, const Machine& machine, Launches& launches) {
+  using Sizes = TicketResident<N>;
+  const int groups = Sizes::groups(p.width, kSharedHopper);
+  if (p.columns > N || groups < 2) return false;
+  const int64_t tiles = div_up(p.tokens, int64_t{Sizes::kTokens}), most = p.side.lines / groups;
+  int64_t shares = best_splits(tiles, machine.processors);
+  if (shares > most) shares = most > 0 ? most : 1;
+  launches.run("ticket_resident", ticket_resident<T, Transposed, N>, {tiles, shares}, groups * kWarpgroup,
+               Sizes::shared(p.width, groups), p);
+  return true;
+}
+
 template <class T, bool Transposed>
 void run_ticket_tiles(TicketProductParams p, const Machine& machine, Launches& launches) {
+  if constexpr (sizeof(T) == 2) {
+    if (machine.wgmma && p.tokens >= kTicketManyTokens && p.depth % 16 == 0 && p.rows_aligned && p.values_aligned) {
+      if (run_ticket_resident<T, Transposed, 16>(p, machine, launches)) return;
+      if (run_ticket_resident<T, Transposed, 32>(p, machine, launches)) return;
+    }
+  }
   constexpr int kNarrow = sizeof(T) == 2 ? 64 : 32;
   constexpr int64_t kRows = TicketTile<T, kNarrow>::kRows;
   const int n = p.columns <= kNarrow ? kNarrow : 2 * kNarrow;
@@ -92,8 +113,6 @@ bool run_ticket_vector(const TicketProductParams& p, Launches& launches) {
 template <class T, bool Transposed>
 void run_ticket_product(TicketProductParams p, const Machine& machine, Launches& launches) {
   const int64_t size = sizeof(T);
-  p.pairs =
-      p.across % 2 == 0 && p.columns % 2 == 0 && aligned_to(p.to, 4) && aligned_to(p.kept, 4) && aligned_to(p.bias, 4);
   p.to_aligned =
       p.across * size % 16 == 0 && p.columns * size % 16 == 0 && aligned_to(p.to, 16) && aligned_to(p.kept, 16);
   if (run_ticket_vector<T, Transposed>(p, launches)) return;

@@ -17,7 +17,6 @@ struct TicketOuterParams {
   int parts, tiles;  // tiles down a block, and side by side in a row of blocks, as many as it might have
   int splits;
   bool grad_aligned, x_aligned;  // chunks lie within a block, at multiples of 16 bytes
-  bool whole;                    // a row of a block is whole chunks
   bool pairs;
 };
 
@@ -62,22 +61,20 @@ struct TicketOuterCopy {
     const int chunk = thread_index() % kAcross, k = place.column0 + chunk * kChunk<T>;
     char* panel = right + chunk / 8 * kPanel;
     const T* x = static_cast<const T*>(p.x);
-    if (p.whole) {
-      const TicketStep at(p.side, line, k, p.block_in, p.width);
-      const int left = at.left < kChunk<T> ? at.left : kChunk<T>;
+    const TicketStep at(p.side, line, k, p.block_in, p.width);
+    if (p.x_aligned && (at.left <= 0 || at.left >= kChunk<T>)) {
       PYEFF_UNROLL
       for (int j = 0; j < kDepth<T> / kStep; ++j) {
         const int row = thread_index() / kAcross + j * kStep;
-        const bool there = token0 + row < p.tokens && left > 0;
-        copy_chunk<T>(panel + chunk_at(row, chunk % 8), x + (there ? (token0 + row) * p.x_stride + at.at : 0),
-                      there ? left : 0, p.x_aligned);
+        const bool there = token0 + row < p.tokens && at.left > 0;
+        copy_async16(panel + chunk_at(row, chunk % 8), there ? x + (token0 + row) * p.x_stride + at.at : x, there);
       }
     } else {
       PYEFF_NO_UNROLL
       for (int row = thread_index() / kAcross; row < kDepth<T>; row += kStep) {
         gather_chunk<T>(panel + chunk_at(row, chunk % 8), [&](int j) -> const T* {
-          const TicketStep at(p.side, line, k + j, p.block_in, p.width);
-          return at.left > 0 && token0 + row < p.tokens ? x + (token0 + row) * p.x_stride + at.at : nullptr;
+          const TicketStep one(p.side, line, k + j, p.block_in, p.width);
+          return one.left > 0 && token0 + row < p.tokens ? x + (token0 + row) * p.x_stride + one.at : nullptr;
         });
       }
     }
@@ -85,17 +82,27 @@ struct TicketOuterCopy {
 
  private:
   PYEFF_DEVICE void copy_grad(char* stage, int64_t token0) const {
-    constexpr int kAcross = Rows / kChunk<T>;
-    PYEFF_UNROLL
-    for (int i = 0; i < kDepth<T> * kAcross / kThreads; ++i) {
-      const int item = thread_index() + i * kThreads, row = item / kAcross, chunk = item % kAcross;
-      const int inner = place.row0 + chunk * kChunk<T>, at = place.line * p.block_out + inner;
-      int left = p.block_out - inner < p.out - at ? p.block_out - inner : p.out - at;
-      if (left > kChunk<T>) left = kChunk<T>;
-      const bool there = token0 + row < p.tokens && left > 0;
-      copy_chunk<T>(stage + chunk / 8 * kPanel + chunk_at(row, chunk % 8),
-                    static_cast<const T*>(p.grad) + (there ? (token0 + row) * p.grad_stride + at : 0), there ? left : 0,
-                    p.grad_aligned);
+    constexpr int kAcross = Rows / kChunk<T>, kStep = kThreads / kAcross;
+    const int chunk = thread_index() % kAcross, inner = place.row0 + chunk * kChunk<T>;
+    const int at = place.line * p.block_out + inner;
+    const int left = p.block_out - inner < p.out - at ? p.block_out - inner : p.out - at;
+    char* panel = stage + chunk / 8 * kPanel;
+    const T* grad = static_cast<const T*>(p.grad);
+    if (p.grad_aligned && (left <= 0 || left >= kChunk<T>)) {
+      PYEFF_UNROLL
+      for (int j = 0; j < kDepth<T> / kStep; ++j) {
+        const int row = thread_index() / kAcross + j * kStep;
+        const bool there = token0 + row < p.tokens && left > 0;
+        copy_async16(panel + chunk_at(row, chunk % 8), there ? grad + (token0 + row) * p.grad_stride + at : grad,
+                     there);
+      }
+    } else {
+      PYEFF_NO_UNROLL
+      for (int row = thread_index() / kAcross; row < kDepth<T>; row += kStep) {
+        gather_chunk<T>(panel + chunk_at(row, chunk % 8), [&](int j) {
+          return j < left && token0 + row < p.tokens ? grad + (token0 + row) * p.grad_stride + at + j : nullptr;
+        });
+      }
     }
   }
 };
@@ -185,6 +192,7 @@ struct TicketGradientParams {
 
 // Columns that a block has, two a lane.
 constexpr int kGradientColumns = 2 * kWarp;
+constexpr int kGradientShared = kThreads / kWarp * kGradientColumns * static_cast<int>(sizeof(float));
 
 // The gradient before the activation, and its sums over tokens: a warp for every eighth token of the part.
 template <class T>

@@ -15,7 +15,7 @@ struct TicketTile {
   static constexpr int kStage = (kRows + N) * kRowBytes;
   static constexpr int kShared = kStages * kStage;
   // Panels of values whose rows are along the depth are whole.
-  static_assert(N % kDepth<T> == 0, "");
+  static_assert(N % kDepth<T> == 0 && TicketStaged<N>::bytes(kRows) <= kShared, "");
 };
 
 // Fills stages: the rows' numbers under the line's blocks, and the blocks.
@@ -30,76 +30,82 @@ struct TicketCopy {
   PYEFF_DEVICE TicketStep step(int k) const { return TicketStep(p.side, line, k, p.depth, p.width); }
 
   PYEFF_DEVICE void operator()(char* stage, int i) const {
-    const int k = i * kDepth<T>;
+    const int k = i * kDepth<T>, chunk = thread_index() % 8;
     char* values = stage + kRows * kRowBytes;
-    if (p.whole) {
-      by_chunks(stage, values, k + thread_index() % 8 * kChunk<T>);
+    const TicketStep at = step(k + chunk * kChunk<T>);
+    const bool whole = at.left <= 0 || at.left >= kChunk<T>;
+    copy_rows(stage, k + chunk * kChunk<T>, at, p.rows_aligned && whole);
+    if constexpr (Transposed) {
+      copy_across(values, k);
     } else {
-      by_numbers(stage, values, k + thread_index() % 8 * kChunk<T>);
+      copy_values(values, k + chunk * kChunk<T>, at, p.values_aligned && whole);
     }
-    if constexpr (Transposed) across(values, k);
   }
 
  private:
-  // Chunk thread % 8 of every 32nd row.
-  PYEFF_DEVICE void by_chunks(char* stage, char* values, int k) const {
-    const TicketStep at = step(k);
-    const int chunk = thread_index() % 8, left = at.left < kChunk<T> ? at.left : kChunk<T>;
-    const T* from = static_cast<const T*>(p.rows) + at.at;
-    PYEFF_UNROLL
-    for (int i = 0; i < kRows / 32; ++i) {
-      const int row = thread_index() / 8 + 32 * i;
-      const bool there = token0 + row < p.tokens;
-      copy_chunk<T>(stage + chunk_at(row, chunk), from + (there ? (token0 + row) * p.stride : 0), there ? left : 0,
-                    p.rows_aligned);
-    }
-    if constexpr (!Transposed) {
-      const T* block = static_cast<const T*>(p.values) + (at.slot * p.columns + column0) * p.depth + at.inner;
-      PYEFF_UNROLL
-      for (int i = 0; i < N / 32; ++i) {
-        const int row = thread_index() / 8 + 32 * i;
-        const bool there = column0 + row < p.columns && left > 0;
-        copy_chunk<T>(values + chunk_at(row, chunk),
-                      there ? block + int64_t{row} * p.depth : static_cast<const T*>(p.values), there ? left : 0,
-                      p.values_aligned);
-      }
-    }
-  }
-
-  PYEFF_DEVICE void by_numbers(char* stage, char* values, int k) const {
+  // Chunk thread % 8 of every 32nd row, which is step k of the depth.
+  PYEFF_DEVICE void copy_rows(char* stage, int k, const TicketStep& at, bool whole) const {
     const int chunk = thread_index() % 8;
+    const T* rows = static_cast<const T*>(p.rows);
+    if (whole) {
+      const T* from = rows + token0 * p.stride + at.at;
+      PYEFF_UNROLL
+      for (int i = 0; i < kRows / 32; ++i) {
+        const int row = thread_index() / 8 + 32 * i;
+        const bool there = token0 + row < p.tokens && at.left > 0;
+        copy_async16(stage + chunk_at(row, chunk), there ? from + row * p.stride : rows, there);
+      }
+      return;
+    }
     PYEFF_NO_UNROLL
     for (int row = thread_index() / 8; row < kRows; row += 32) {
       gather_chunk<T>(stage + chunk_at(row, chunk), [&](int i) -> const T* {
-        const TicketStep at = step(k + i);
-        if (at.left <= 0 || token0 + row >= p.tokens) return nullptr;
-        return static_cast<const T*>(p.rows) + (token0 + row) * p.stride + at.at;
+        const TicketStep one = step(k + i);
+        return one.left > 0 && token0 + row < p.tokens ? rows + (token0 + row) * p.stride + one.at : nullptr;
       });
     }
-    if constexpr (!Transposed) {
-      PYEFF_NO_UNROLL
-      for (int row = thread_index() / 8; row < N; row += 32) {
-        gather_chunk<T>(values + chunk_at(row, chunk), [&](int i) -> const T* {
-          const TicketStep at = step(k + i);
-          if (at.left <= 0 || column0 + row >= p.columns) return nullptr;
-          return static_cast<const T*>(p.values) + (at.slot * p.columns + column0 + row) * p.depth + at.inner;
-        });
+  }
+
+  PYEFF_DEVICE void copy_values(char* panel, int k, const TicketStep& at, bool whole) const {
+    const int chunk = thread_index() % 8;
+    const T* values = static_cast<const T*>(p.values);
+    if (whole) {
+      const T* from = values + (at.slot * p.columns + column0) * p.depth + at.inner;
+      PYEFF_UNROLL
+      for (int i = 0; i < N / 32; ++i) {
+        const int row = thread_index() / 8 + 32 * i;
+        const bool there = column0 + row < p.columns && at.left > 0;
+        copy_async16(panel + chunk_at(row, chunk), there ? from + int64_t{row} * p.depth : values, there);
       }
+      return;
+    }
+    PYEFF_NO_UNROLL
+    for (int row = thread_index() / 8; row < N; row += 32) {
+      gather_chunk<T>(panel + chunk_at(row, chunk), [&](int i) -> const T* {
+        const TicketStep one = step(k + i);
+        if (one.left <= 0 || column0 + row >= p.columns) return nullptr;
+        return values + (one.slot * p.columns + column0 + row) * p.depth + one.inner;
+      });
     }
   }
 
   // Rows of the panels are along the depth.
-  PYEFF_DEVICE void across(char* values, int k) const {
+  PYEFF_DEVICE void copy_across(char* panels, int k) const {
     constexpr int kAcross = N / kChunk<T>;
+    const T* values = static_cast<const T*>(p.values);
     PYEFF_UNROLL
     for (int i = 0; i < kDepth<T> * kAcross / kThreads; ++i) {
       const int item = thread_index() + i * kThreads, row = item / kAcross, chunk = item % kAcross;
       const TicketStep at = step(k + row);
-      const int column = column0 + chunk * kChunk<T>, most = p.columns - column;
-      const bool there = at.left > 0 && most > 0;
-      copy_chunk<T>(values + chunk / 8 * (kDepth<T> * kRowBytes) + chunk_at(row, chunk % 8),
-                    static_cast<const T*>(p.values) + (there ? (at.slot * p.depth + at.inner) * p.columns + column : 0),
-                    there ? (most < kChunk<T> ? most : kChunk<T>) : 0, p.values_aligned);
+      const int most = p.columns - column0 - chunk * kChunk<T>;
+      const T* from = values + (at.slot * p.depth + at.inner) * p.columns + column0 + chunk * kChunk<T>;
+      char* to = panels + chunk / 8 * (kDepth<T> * kRowBytes) + chunk_at(row, chunk % 8);
+      if (p.values_aligned) {
+        const bool there = at.left > 0 && most > 0;
+        copy_async16(to, there ? from : values, there);
+      } else {
+        gather_chunk<T>(to, [&](int j) { return at.left > 0 && j < most ? from + j : nullptr; });
+      }
     }
   }
 };
@@ -120,24 +126,18 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) ticket_product(const PYEFF_GR
                                 multiply<T, Tile::kMT, Tile::kNT, Major::k, Transposed ? Major::mn : Major::k>(
                                     sums, stage, m, stage + Tile::kRows * kRowBytes, Columns{n, Tile::kNT, 0});
                               });
-  const auto each = [&](const auto& put) {
+  const TicketStaged<N> staged{reinterpret_cast<float*>(shared_memory())};
+  barrier();
+  PYEFF_UNROLL
+  for (int i = 0; i < 2 * Tile::kMT; ++i) {
     PYEFF_UNROLL
-    for (int i = 0; i < 2 * Tile::kMT; ++i) {
-      PYEFF_UNROLL
-      for (int j = 0; j < Tile::kNT; ++j) {
-        const float* pair = sums[i / 2][j] + i % 2 * 2;
-        put(m + i * 8 + lane() / 4, n + j * 8 + 2 * (lane() % 4), pair[0], pair[1]);
-      }
+    for (int j = 0; j < Tile::kNT; ++j) {
+      const float* pair = sums[i / 2][j] + i % 2 * 2;
+      staged.put(m + i * 8 + lane() / 4, n + j * 8 + 2 * (lane() % 4), pair[0], pair[1]);
     }
-  };
-  if constexpr (sizeof(T) == 2) {
-    store_staged<T, Tile::kRows, N, kThreads>(p, token0, place.line, column0, shared_memory(), thread_index(), -1,
-                                              each);
-  } else {
-    each([&](int row, int column, float low, float high) {
-      store_product<T>(p, token0 + row, place.line, column0 + column, low, high);
-    });
   }
+  barrier();
+  staged.template store<T>(p, Tile::kRows, token0, place.line, column0, thread_index(), kThreads);
 }
 
 }  // namespace pyeff::gpu

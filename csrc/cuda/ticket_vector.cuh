@@ -140,7 +140,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) ticket_vector(const PYEFF_GRI
     float sum = 0.0f;
     for (int w = 0; w < TicketVector::kWarps; ++w)
       sum += load_shared(shared + (w * kWarp + column) * TicketVector::kTokens + t);
-    store_product<T>(v.p, token0 + t, place.line, place.part * columns + column, sum, 0.0f, 1);
+    store_product<T>(v.p, token0 + t, place.line, place.part * columns + column, sum);
   }
 }
 

@@ -23,7 +23,7 @@ PYEFF_DEVICE void run_wgmma(int count, const Load& load, const Use& use) {
     async_proxy_fence();
     wgmma_wait<Stages - 3>();
     barrier();
-    use(shared_memory() + i % Stages * StageBytes);
+    use(shared_memory() + i % Stages * StageBytes, i > 0);
     wgmma_commit();
     fill(i + 2);
   }
@@ -47,10 +47,10 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
     const TicketLine line(p.side, place.line);
     const int64_t token0 = place.tile * Tile::kRows;
     const int column0 = place.part * N;
-    float sums[N / 2] = {};
+    float sums[N / 2];
     run_wgmma<Tile::kStages, Tile::kStage>(
         div_up(line.count * p.depth, kDepth<T>), TicketCopy<T, Transposed, N>{p, line, token0, column0},
-        [&](const char* stage) {
+        [&](const char* stage, bool more) {
           constexpr int kEightRows = 8 * kRowBytes, kPanel = kDepth<T> * kRowBytes;
           const char* rows = stage + warp() / 4 * (64 * kRowBytes);
           const char* values = stage + Tile::kRows * kRowBytes;
@@ -61,21 +61,25 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
             const uint64_t a = wgmma_descriptor(rows + k * 2, 16, kEightRows);
             const uint64_t b = Transposed ? wgmma_descriptor(values + k * kRowBytes, kPanel, kEightRows)
                                           : wgmma_descriptor(values + k * 2, 16, kEightRows);
-            wgmma<T, N, Transposed>(sums, a, b, true);
+            wgmma<T, N, Transposed>(sums, a, b, more || k > 0);
           }
         });
     wgmma_pin(sums);
-    store_staged<T, Tile::kRows, N, kThreads>(p, token0, place.line, column0, shared_memory(), thread_index(), -1,
-                                              [&](const auto& put) {
-                                                PYEFF_UNROLL
-                                                for (int i = 0; i < 2; ++i) {
-                                                  PYEFF_UNROLL
-                                                  for (int j = 0; j < N / 8; ++j) {
-                                                    put(warp() * 16 + i * 8 + lane() / 4, j * 8 + 2 * (lane() % 4),
-                                                        sums[j * 4 + i * 2], sums[j * 4 + i * 2 + 1]);
-                                                  }
-                                                }
-                                              });
+    // Of a line without blocks there are no sums.
+    const bool any = line.count > 0;
+    const TicketStaged<N> staged{reinterpret_cast<float*>(shared_memory())};
+    barrier();
+    PYEFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      PYEFF_UNROLL
+      for (int j = 0; j < N / 8; ++j) {
+        const float* pair = sums + j * 4 + i * 2;
+        staged.put(warp() * 16 + i * 8 + lane() / 4, j * 8 + 2 * (lane() % 4), any ? pair[0] : 0.0f,
+                   any ? pair[1] : 0.0f);
+      }
+    }
+    barrier();
+    staged.template store<T>(p, Tile::kRows, token0, place.line, column0, thread_index(), kThreads);
   } else {
     trap();
   }
@@ -101,10 +105,10 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, TicketOuterWgmmaTile<Rows>::kBlo
     const TicketLine line(p.side, place.line);
     if (place.column0 >= line.count * p.block_in) return;
     const int group = warp() / 4, row0 = Rows > 64 ? group * 64 : 0, column0 = Rows > 64 ? 0 : group * kN;
-    float sums[kN / 2] = {};
+    float sums[kN / 2];
     run_wgmma<Tile::kStages, Tile::kStage>(
         static_cast<int>(place.end - place.begin), TicketOuterCopy<T, Rows, Tile::kColumns>{p, line, place},
-        [&](const char* stage) {
+        [&](const char* stage, bool more) {
           // Tokens are along the rows of both operands' panels.
           constexpr int kEightTokens = 8 * kRowBytes;
           const char* rows = stage + row0 / 64 * kPanel;
@@ -114,7 +118,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, TicketOuterWgmmaTile<Rows>::kBlo
           PYEFF_UNROLL
           for (int k = 0; k < kDepth<T>; k += 16) {
             wgmma<T, kN, true, true>(sums, wgmma_descriptor(rows + k * kRowBytes, kPanel, kEightTokens),
-                                     wgmma_descriptor(columns + k * kRowBytes, kPanel, kEightTokens), true);
+                                     wgmma_descriptor(columns + k * kRowBytes, kPanel, kEightTokens), more || k > 0);
           }
         });
     wgmma_pin(sums);
@@ -122,8 +126,11 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, TicketOuterWgmmaTile<Rows>::kBlo
     for (int i = 0; i < 2; ++i) {
       PYEFF_UNROLL
       for (int j = 0; j < kN / 8; ++j) {
+        // Of a part without tokens there are no sums.
+        const bool any = place.end > place.begin;
+        const float pair[2] = {any ? sums[j * 4 + i * 2] : 0.0f, any ? sums[j * 4 + i * 2 + 1] : 0.0f};
         store_outer<T>(p, line, place, place.row0 + row0 + warp() % 4 * 16 + i * 8 + lane() / 4,
-                       place.column0 + column0 + j * 8 + 2 * (lane() % 4), sums + j * 4 + i * 2);
+                       place.column0 + column0 + j * 8 + 2 * (lane() % 4), pair);
       }
     }
   } else {

@@ -204,9 +204,7 @@ class Ticket:
                 "torch.sparse_bsr demands"
             )
         # Checked when the ticket was made.
-        return torch.sparse_bsr_tensor(
-            self.row_start, self.column, values, size=self.shape, check_invariants=False
-        )
+        return torch.sparse_bsr_tensor(self.row_start, self.column, values, size=self.shape, check_invariants=False)
 
     def _check_tensor(self, method: str, name: str, t: object, shape: tuple[int, ...]) -> None:
         if (

@@ -95,14 +95,17 @@ template <class T, int N, bool TransB>
 PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(128, 1) multiply_warpgroup(const PYEFF_GRID_CONSTANT Tile p) {
   char* a = shared_memory();
   char* b = a + 64 * 128;
-  const auto swizzled = [](char* base, int row, int piece) { return base + row * 128 + ((piece ^ (row % 8)) * 16); };
+  constexpr int kSwizzle = TransB && N < 64 ? N * 2 : 128;
+  const auto swizzled = [](char* base, int row, int piece, int width = 128) {
+    return base + row * width + ((piece ^ (row % 8 / (128 / width))) * 16);
+  };
   for (int i = thread_index(); i < 64 * 8; i += kWarpgroup)
     copy_async16(swizzled(a, i / 8, i % 8), p.a + i / 8 * 64 + i % 8 * 8, true);
   if (TransB) {
     // Blocks of 64 columns, each [64, 64]; the last may be narrower.
     for (int i = thread_index(); i < 64 * N / 8; i += kWarpgroup) {
       const int k = i / (N / 8), column = i % (N / 8) * 8;
-      copy_async16(swizzled(b + column / 64 * 64 * 128, k, column % 64 / 8), p.b + k * N + column, true);
+      copy_async16(swizzled(b + column / 64 * 64 * 128, k, column % 64 / 8, kSwizzle), p.b + k * N + column, true);
     }
   } else {
     for (int i = thread_index(); i < N * 8; i += kWarpgroup)
@@ -118,8 +121,9 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(128, 1) multiply_warpgroup(const PYEFF_GRI
   wgmma_pin(d);
   wgmma_fence();
   for (int k = 0; k < 4; ++k) {
-    const int step = TransB ? k * 16 * 128 : k * 32;
-    wgmma<T, N, TransB>(d, wgmma_descriptor(a + k * 32, 0, 1024), wgmma_descriptor(b + step, 64 * 128, 1024), true);
+    const int step = TransB ? k * 16 * kSwizzle : k * 32;
+    wgmma<T, N, TransB>(d, wgmma_descriptor(a + k * 32, 0, 1024),
+                        wgmma_descriptor(b + step, 64 * 128, 8 * kSwizzle, kSwizzle), true);
     if (k % 2 == 1) wgmma_commit();
   }
   wgmma_wait<1>();
@@ -184,6 +188,10 @@ TEST(portable_mma_tiles) {
 }
 
 TEST(portable_wgmma) {
+  check_warpgroup<bf16, 16, false>();
+  check_warpgroup<f16, 16, true>();
+  check_warpgroup<f16, 32, false>();
+  check_warpgroup<bf16, 32, true>();
   check_warpgroup<bf16, 64, false>();
   check_warpgroup<f16, 64, true>();
   check_warpgroup<bf16, 96, true>();

@@ -87,7 +87,7 @@ void wgmma_fence();
 void wgmma(const Product&, float* d, Site);
 void wgmma_commit();
 void wgmma_wait(int groups, Site);
-uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, Site);
+uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, int swizzle, Site);
 void async_proxy_fence();
 
 }  // namespace emulate

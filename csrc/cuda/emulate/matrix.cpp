@@ -104,23 +104,26 @@ namespace {
 constexpr uint32_t kSharedBegins = 1024;
 
 // "Matrix descriptor format" of wgmma: start address, leading and stride byte offset, each without its low 4 bits; base
-// offset; swizzle mode in bits 62-63, of which 1 is that over 128 bytes.
+// offset; swizzle mode in bits 62-63: 1, 2 and 3 are those over 128, 64 and 32 bytes.
 struct Descriptor {
-  uint32_t start, leading, stride;
+  uint32_t start, leading, stride, row;
   explicit Descriptor(uint64_t bits)
       : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
         leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
-        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4) {}
+        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
+        row(256u >> (bits >> 62)) {}
 };
 
-// "Shared memory matrix layout" and "Strides" of wgmma, 128-byte swizzle: where the 16 bytes lie that hold 8 numbers.
-// K-major: row `outer` (of M or N), piece `inner` (of the two along K). MN-major: `outer` along K, piece `inner` along
-// N. The swizzle is on the address itself: bits 4-6 are XORed with bits 7-9.
+// "Shared memory matrix layout" and "Strides" of wgmma: where the 16 bytes lie that hold 8 numbers. K-major: row
+// `outer` (of M or N), piece `inner` (of the two along K). MN-major: `outer` along K, piece `inner` along N. The
+// swizzle is on the address itself: bits 4-6 are XORed with bits 7-9; over 64 bytes 4-5 with 7-8, and over 32 bytes 4
+// with 7.
 uint32_t piece_at(const Descriptor& d, int outer, int inner, bool mn_major) {
   const uint32_t y = static_cast<uint32_t>(outer), x = static_cast<uint32_t>(inner);
-  uint32_t at = d.start + (y % 8) * 128 + (y / 8) * d.stride;
-  at += mn_major ? x / 8 * d.leading + x % 8 * 16 : x * 16;
-  return at ^ ((at >> 3) & 0x70);
+  const uint32_t pieces = d.row / 16;
+  uint32_t at = d.start + (y % 8) * d.row + (y / 8) * d.stride;
+  at += mn_major ? x / pieces * d.leading + x % pieces * 16 : x * 16;
+  return at ^ ((at >> 3) & (d.row - 16));
 }
 
 template <class F>
@@ -137,7 +140,7 @@ void for_each_piece(const Product& p, F&& body) {
 void check_product(const Product& p, const Block& block, Thread* const* group, Site site) {
   Machine& m = machine();
   for (uint64_t bits : {p.a, p.b}) {
-    if (bits >> 62 != 1) trap(site, "a descriptor of swizzle mode %d, not 1 (128 bytes)", static_cast<int>(bits >> 62));
+    if (bits >> 62 == 0) trap(site, "a descriptor without a swizzle mode");
     if (bits >> 49 & 7) trap(site, "a descriptor with a base offset");
   }
   uint32_t all_fenced = std::numeric_limits<uint32_t>::max();
@@ -241,17 +244,22 @@ bool under_way(const Warpgroup& group, const Thread& t, const float* d) {
 
 }  // namespace
 
-uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, Site site) {
+uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, int swizzle, Site site) {
   const Block& block = self().of();
   if (!block.contains(shared, 0) || reinterpret_cast<uintptr_t>(shared) % 16 != 0)
     trap(site, "a descriptor of %p, which is no place in shared memory, or not aligned to 16", shared);
+  if (swizzle != 128 && swizzle != 64 && swizzle != 32) trap(site, "a swizzle over %d bytes", swizzle);
   const auto encode = [&](int64_t bytes) {
     if (bytes < 0 || bytes % 16 != 0 || bytes >= 1 << 18)
       trap(site, "a descriptor cannot hold %lld bytes", static_cast<long long>(bytes));
     return static_cast<uint64_t>(bytes) >> 4;
   };
   return encode(static_cast<const char*>(shared) - block.shared + kSharedBegins) | encode(leading_bytes) << 16 |
-         encode(stride_bytes) << 32 | uint64_t{1} << 62;
+         encode(stride_bytes) << 32 |
+         uint64_t{swizzle == 128  ? 1u
+                  : swizzle == 64 ? 2u
+                                  : 3u}
+             << 62;
 }
 
 void wgmma_fence() { self().settled = true; }

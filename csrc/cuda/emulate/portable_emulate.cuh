@@ -136,13 +136,15 @@ void wgmma_wait(PYEFF_HERE) {
 template <int K>
 void wgmma_pin(float (&)[K]) {}
 inline void async_proxy_fence() { emulate::async_proxy_fence(); }
-inline uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, PYEFF_HERE) {
-  return emulate::wgmma_descriptor(shared, leading_bytes, stride_bytes, site);
+inline uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, int swizzle = 128,
+                                 PYEFF_HERE) {
+  return emulate::wgmma_descriptor(shared, leading_bytes, stride_bytes, swizzle, site);
 }
 template <class T, int N, bool TransB, bool TransA = false>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, PYEFF_HERE) {
   static_assert(std::is_same<T, bf16>::value || std::is_same<T, f16>::value, "wgmma takes bf16 or f16");
-  static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "the widths that the device page has");
+  static_assert(N == 16 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256,
+                "the widths that the device page has");
   emulate::wgmma({a, b, N, TransB, TransA, std::is_same<T, bf16>::value, accumulate}, d, site);
 }
 

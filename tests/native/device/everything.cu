@@ -48,9 +48,10 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(128, 1) use_wgmma(const PYEFF_GRID_CONSTAN
     for (int i = 0; i < N / 2; ++i) d[i] = load(p.out + i);
     wgmma_pin(d);
     wgmma_fence();
+    constexpr int kRow = TransB && N < 64 ? N * 2 : 128;
     for (int k = 0; k < 4; ++k)
       wgmma<T, N, TransB>(d, wgmma_descriptor(shared + 32 * k, 0, 1024),
-                          wgmma_descriptor(shared + 8192 + (TransB ? 2048 : 32) * k, 8192, 1024), true);
+                          wgmma_descriptor(shared + 8192 + (TransB ? 16 * kRow : 32) * k, 8192, 8 * kRow, kRow), true);
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_pin(d);
@@ -72,6 +73,8 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(128, 1) use_cluster(const PYEFF_GRID_CONST
 template <class T>
 const char* launch_all(const Launch& how, const Everything& p) {
   if (const char* e = launch(use_basics<T>, how, p)) return e;
+  if (const char* e = launch(use_wgmma<T, 16, false>, how, p)) return e;
+  if (const char* e = launch(use_wgmma<T, 32, true>, how, p)) return e;
   if (const char* e = launch(use_wgmma<T, 64, false>, how, p)) return e;
   if (const char* e = launch(use_wgmma<T, 96, true>, how, p)) return e;
   if (const char* e = launch(use_wgmma<T, 128, false>, how, p)) return e;
