@@ -31,7 +31,9 @@ def prune(
     max_length: Annotated[int, typer.Option(help="Tokens a text, at most.", min=4)] = 64,
     lr: Annotated[float, typer.Option(help="AdamW's peak rate for the encoder.", min=0)] = 2e-4,
     choose: Annotated[str, typer.Option(help="Leave dense what a ticket does not speed up: inference, training.")] = "",
-    fuse: Annotated[bool, typer.Option("--fuse", help="Query, key and value as one layer.")] = False,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Query, key and value as one layer, activations in the kernels.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for ticket, configuration, tokenizer, report.")] = Path(
         "out/ticket"
     ),

@@ -12,6 +12,7 @@ from torch import nn
 from pyeff.nn import TicketLinear
 from pyeff.plans import Ticket
 from pyeff.recipes import _ticket_measure as measure
+from pyeff.recipes._ticket_activations import fuse_activations, split_activations
 from pyeff.recipes._ticket_install import dense_layer, install, rank
 from pyeff.recipes._ticket_qkv import fuse_qkv, split_qkv
 from pyeff.recipes._ticket_report import percent, short, table
@@ -151,7 +152,7 @@ def sparsify(
         mode (str): ``"inference"`` chooses by the forward, ``"training"`` by forward and backward, ``"all"`` makes
             every layer a ticket, whatever the times.
         scope (str), floor (float), include, exclude, stack: with ``density``: as of :func:`prune`.
-        fuse (bool): at the end, :func:`fuse_qkv`.
+        fuse (bool): at the end, :func:`fuse_qkv` and :func:`fuse_activations`.
         progress (callable, optional): called as ``progress(path, number, count)`` before each layer.
 
     Returns:
@@ -173,6 +174,7 @@ def sparsify(
     if density is not None and tickets is not None:
         raise ValueError("sparsify: density and tickets were both given, expected one of the two")
     split_qkv(model)
+    split_activations(model)
     layers: Mapping[str, Prunable]
     if density is not None:
         densities(density, "one_shot", None)
@@ -191,6 +193,7 @@ def sparsify(
         found[name] = _layer(model, name, layers[name], wanted, given.get(name), MODES.index(mode))
     if fuse:
         fuse_qkv(model)
+        fuse_activations(model)
     return Sparsification(mode, found)
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from pyeff.nn import TicketLinear
 from pyeff.recipes import _ticket_select as selection
+from pyeff.recipes._ticket_activations import fuse_activations, split_activations
 from pyeff.recipes._ticket_files import dense_state_dict, load, save
+from pyeff.recipes._ticket_gradual import Gradual
 from pyeff.recipes._ticket_install import install, rank, select, tickets, to_dense
 from pyeff.recipes._ticket_masks import load_masked, mask, masks
 from pyeff.recipes._ticket_qkv import fuse_qkv, split_qkv
@@ -29,9 +31,9 @@ from pyeff.recipes._ticket_sparsify import Sparsification, sparsify
 from pyeff.recipes._ticket_targets import Prunable, backbone, dense_weight, element_scores, targets
 
 __all__ = [
-    "Projection", "Pruning", "Regrouping", "Sparsification", "blockify", "dense_state_dict", "fuse_qkv", "install",
-    "load", "load_masked", "mask", "masks", "project", "prune", "regroup", "save", "select", "sparsify", "split_qkv",
-    "targets", "tickets", "to_dense",
+    "Gradual", "Projection", "Pruning", "Regrouping", "Sparsification", "blockify", "dense_state_dict",
+    "fuse_activations", "fuse_qkv", "install", "load", "load_masked", "mask", "masks", "project", "prune", "regroup",
+    "save", "select", "sparsify", "split_activations", "split_qkv", "targets", "tickets", "to_dense",
 ]  # fmt: skip
 
 METHODS = ("block_imp", "imp", "one_shot", "random")
