@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from pyeff.nn import TicketLinear
 
 # A linear layer, and what the owner of both calls on its output right behind it: BERT, RoBERTa, ViT and their like;
-# DistilBERT; BART, OPT, CLIP and others; torch.nn.TransformerEncoderLayer.
+# DistilBERT; ALBERT; BART, OPT, CLIP and others; torch.nn.TransformerEncoderLayer.
 _PAIRS = (
-    ("dense", "intermediate_act_fn"), ("lin1", "activation"), ("fc1", "activation_fn"), ("linear1", "activation"),
-)  # fmt: skip
+    ("dense", "intermediate_act_fn"),
+    ("lin1", "activation"),
+    ("ffn", "activation"),
+    ("fc1", "activation_fn"),
+    ("linear1", "activation"),
+)
 
 
 class Applied(nn.Module):
