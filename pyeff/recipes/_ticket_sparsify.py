@@ -50,6 +50,11 @@ class LayerTimes:
     ticket_bytes: int
     chosen: str
 
+    def training_bytes(self) -> tuple[float, float]:
+        """Of the ticket and of the dense layer: weights, gradients and two moments of Adam."""
+        # The index is there once, the values four times.
+        return self.ticket_bytes + 3 * self.density * self.dense_bytes, 4 * self.dense_bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Sparsification:
@@ -89,11 +94,7 @@ class Sparsification:
         out["dense_bytes"] = sum(row.dense_bytes for row in rows)
         out["bytes"] = sum(size for _, size in mine)
         out["dense_training_bytes"] = 4 * out["dense_bytes"]
-        # The index is there once, the values four times.
-        out["training_bytes"] = sum(
-            size + 3 * row.dense_bytes * (row.density if row.chosen == "ticket" else 1.0)
-            for (_, size), row in zip(mine, rows, strict=True)
-        )
+        out["training_bytes"] = sum(row.training_bytes()[row.chosen == "dense"] for row in rows)
         return out
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,16 +102,16 @@ class Sparsification:
         return dataclasses.asdict(self) | {"total": self.total()}
 
     def table(self) -> Table:
-        """A rich table, one row a layer, ticket / dense; needs the package rich."""
-        names = ("layer", "density", "magnitude", "forward ms", "step ms", "MiB", "now")
+        """A rich table, one row a layer, ticket / dense; memory as in :meth:`total`. Needs the package rich."""
+        names = ("layer", "density", "magnitude", "forward ms", "step ms", "training MiB", "now")
         rows = [
             (short(name), percent(row.density), percent(row.retained), _beside(row.ticket[0], row.dense[0], 1000),
-             _beside(row.ticket[1], row.dense[1], 1000), _beside(row.ticket_bytes, row.dense_bytes, 2**-20), row.chosen)
+             _beside(row.ticket[1], row.dense[1], 1000), _beside(*row.training_bytes(), 2**-20), row.chosen)
             for name, row in self.layers.items()
         ]  # fmt: skip
         sums = self.total()
         totals = [_beside(sums[name], sums[f"dense_{name}"], 1000) for name in ("forward", "step")]
-        size = _beside(sums["bytes"], sums["dense_bytes"], 2**-20)
+        size = _beside(sums["training_bytes"], sums["dense_training_bytes"], 2**-20)
         tokens = max((row.tokens for row in self.layers.values()), default=0)
         title = f"Ticket / dense, {tokens} tokens, chosen for {self.mode}"
         return table(title, names, rows, ("as chosen", percent(sums["density"]), "", *totals, size, ""))
