@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.experiments.ticket_density import __main__ as program
-from benchmarks.experiments.ticket_density import methods, report, store, train
+from benchmarks.experiments.ticket_density import methods, report, store, times, train
 from benchmarks.experiments.ticket_density.methods import Job
 from pyeff.demo import data, variants
 from pyeff.demo import train as demo_train
 from tests.test_demo import library
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "ticket_density.json"
 METHODS = ("imp", "imp-8", "project-8", "oneshot-8", "random-8", "imp-8-scaled")
 SIZE = {"steps": 3, "batch": 4, "max_length": 12, "warmup": 1, "round": 0.25, "dtype": "float32"}
 
@@ -264,7 +267,18 @@ def test_times_tables_and_picture(finished, tmp_path, corpus, monkeypatch, capsy
     page.write_text("a\n\n<!-- ticket-density:accuracy -->\n<!-- /ticket-density -->\n\nb\n\n"
                     "<!-- ticket-density:speed -->\nold\n<!-- /ticket-density -->\n")  # fmt: skip
     line = [argument for argument in command(tmp_path / "run") if argument != "--no-times"]
-    line += ["--only-times", "--time-methods", "imp-8", "--repeats", "2", "--into", str(page)]
+    line += ["--only-times", "--time-methods", "imp-8", "--time-dtypes", "float32", "--repeats", "2"]
+    line += ["--into", str(page)]
+        "--only-times",
+        "--time-methods",
+        "imp-8",
+        "--time-dtypes",
+        "float32",
+        "--repeats",
+        "2",
+        "--into",
+        str(page),
+    ]
     assert program.main(line, corpus=corpus) == 0
     found = store.load(tmp_path / "run" / "found.json")
     assert [check["job"] for check in found["checks"]] == ["imp-8-0.5-seed0"]
@@ -290,6 +304,34 @@ def test_times_tables_and_picture(finished, tmp_path, corpus, monkeypatch, capsy
     page.write_text("nothing here")
     assert program.main([*line, "--only-report"], corpus=corpus) == 1
     assert "has no place for a table" in " ".join(capsys.readouterr().out.split())
+
+
+def test_peak_of_a_process_of_its_own(tmp_path):
+    """The real encoder's process, which knows nothing of this one's patches."""
+    size = train.Settings(steps=1, batch=1, max_length=4)
+    assert 2**27 < times.peak(size, times.DENSE, {}, "float32", tmp_path) < 2**31
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_are_those_of_the_committed_result(tmp_path):
+    filled = 0
+    for page in (ROOT / "docs").glob("*.md"):
+        copy = tmp_path / page.name
+        copy.write_text(page.read_text())
+        filled += report.write_into(store.load(RESULT), copy)
+        assert copy.read_text() == page.read_text(), f"--only-report --out {RESULT} --into {page}"
+    assert filled
+
+
+def test_the_committed_result_is_whole():
+    found = store.load(RESULT)
+    assert (ROOT / "docs" / "figures" / "ticket_density.png").exists()
+    assert {"imp", "imp-32-scaled", "imp-16-scaled", "imp-8-scaled"} <= {row["method"] for row in found["trainings"]}
+    for row in found["trainings"]:
+        assert row["texts"] == found["corpus"]["test"]
+        assert row["right"] == sum(train.from_hex(row["answers"], row["texts"]))
+    assert all(check["gap"] <= check["allowed"] for check in found["checks"])
+    assert found["checks"]
 
 
 def test_what_is_marked_as_worse_than_dense():

@@ -1,9 +1,10 @@
 """Time and memory of a ticket against the dense model: training steps and inference, in turns.
 
-Texts are full-length and random: time does not depend on what they say. Memory of a training step is measured in a
-process of its own, in which nothing else has run: the high-water mark of the resident size, once the model stands,
-minus the size before it was loaded. So weights, gradients, the optimizer's moments, activations and what kernels
-allocate are all in it. What is exact is beside it: the bytes of weights with their index, gradients and moments.
+The ticket is as a user would run it, query, key and value of an attention as one layer. Texts are full-length and
+random: time does not depend on what they say. Memory of a training step is measured in a process of its own, in which
+nothing else has run: the high-water mark of the resident size, once the model stands, minus the size before it was
+loaded. So weights, gradients, the optimizer's moments, activations and what kernels allocate are all in it. What is
+exact is beside it: the bytes of weights with their index, gradients and moments.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def measure(bench: Bench, job: Job, masks: Masks, dtype: str, repeats: int, fold
     model, _ = bench.at(job.seed)
     rivals = {
         "dense": Trained(model, settings, dataclasses.replace(DENSE, seed=job.seed), {}, dtype=dtype),
-        "ticket": Trained(model, settings, job, masks, through="ticket", dtype=dtype),
+        "ticket": Trained(model, settings, job, masks, through="ticket", dtype=dtype, fused=True),
     }
     batch, one = random_batch(settings, settings.batch), random_batch(settings, 1)
     calls = {
@@ -136,7 +137,7 @@ def peak_here(settings: Settings, job: Job, masks: Masks, dtype: str) -> int:
     batch = random_batch(settings, settings.batch)
     before = demo_measure._status("VmRSS") if demo_measure._reset_peak() else demo_measure._peak()
     model = variants.load(settings.demo(job.seed), settings.classes)[1]
-    rival = Trained(model, settings, job, masks, through="ticket", dtype=dtype)
+    rival = Trained(model, settings, job, masks, through="ticket", dtype=dtype, fused=True)
     del model
     gc.collect()
     precise = demo_measure._reset_peak()
