@@ -1,7 +1,11 @@
 """The experiment on accuracy against density, on a tiny encoder and text of its own."""
 
+import dataclasses
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -269,16 +273,6 @@ def test_times_tables_and_picture(finished, tmp_path, corpus, monkeypatch, capsy
     line = [argument for argument in command(tmp_path / "run") if argument != "--no-times"]
     line += ["--only-times", "--time-methods", "imp-8", "--time-dtypes", "float32", "--repeats", "2"]
     line += ["--into", str(page)]
-        "--only-times",
-        "--time-methods",
-        "imp-8",
-        "--time-dtypes",
-        "float32",
-        "--repeats",
-        "2",
-        "--into",
-        str(page),
-    ]
     assert program.main(line, corpus=corpus) == 0
     found = store.load(tmp_path / "run" / "found.json")
     assert [check["job"] for check in found["checks"]] == ["imp-8-0.5-seed0"]
@@ -306,10 +300,24 @@ def test_times_tables_and_picture(finished, tmp_path, corpus, monkeypatch, capsy
     assert "has no place for a table" in " ".join(capsys.readouterr().out.split())
 
 
-def test_peak_of_a_process_of_its_own(tmp_path):
-    """The real encoder's process, which knows nothing of this one's patches."""
-    size = train.Settings(steps=1, batch=1, max_length=4)
-    assert 2**27 < times.peak(size, times.DENSE, {}, "float32", tmp_path) < 2**31
+def test_peak_of_a_process_of_its_own(bench, tmp_path, monkeypatch):
+    """The other process's part is played in this one, with the tiny encoder."""
+    job, masks = Job("random-8", 0.5, 0), masks_of(bench, "random-8")
+    settings = dataclasses.replace(bench.settings, classes=3)
+
+    def run(command, env, **options):
+        module = command[command.index("-m") + 1]
+        assert importlib.util.find_spec(module).origin == times.__file__
+        assert Path(env["PYTHONPATH"].split(os.pathsep)[0], *module.split(".")).with_suffix(".py").exists()
+        try:
+            return subprocess.CompletedProcess(command, 0, f"something else\n{times.answer(command[-1])}\n", "")
+        except KeyError as error:
+            return subprocess.CompletedProcess(command, 1, "", f"Traceback\nKeyError: {error}\n")
+
+    monkeypatch.setattr(times.subprocess, "run", run)
+    assert times.peak(settings, job, masks, "float32", tmp_path) > 0
+    with pytest.raises(RuntimeError, match=r"measuring the memory of random-8-0\.5-seed0 failed: .*float7"):
+        times.peak(settings, job, masks, "float7", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

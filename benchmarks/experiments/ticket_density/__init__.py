@@ -21,7 +21,7 @@ layer. For the mean of a block says more about its layer than about the block: w
 Trained is with masked dense weights, or by pyeff.nn.TicketLinear (``--through ticket``), which gives the same losses up
 to rounding: the run checks that. ``methods`` chooses the masks, ``train`` trains, ``times`` measures time and memory of
 the tickets against the dense model, ``store`` keeps every finished training at once, so that a run that was stopped
-goes on where it was, ``report`` makes the table and the picture.
+goes on where it was, ``report`` and ``plot`` make tables and picture.
 
     python -m benchmarks.experiments.ticket_density --out benchmarks/results/ticket_density.json --minutes 120
 """
