@@ -24,9 +24,13 @@ struct TicketProblem {
   int64_t x_stride;
 };
 
+// An output of so many bytes is in no cache any more when it is read.
+constexpr int64_t kTicketStreamed = int64_t(8) << 20;
+
 struct TicketForward {
   const void* bias;  // [out], or null
   void *y, *z;       // [tokens, out]; z, what the activation is taken of, may be null
+  int64_t streamed = kTicketStreamed;
 };
 
 struct TicketBackward {
@@ -34,6 +38,7 @@ struct TicketBackward {
   int64_t grad_stride;
   const void* saved;           // [tokens, out]: y of relu, z of gelu, else null
   void *dx, *dvalues, *dbias;  // [tokens, in], [nnz, bo, bi], [out]; null where not wanted
+  int64_t streamed = kTicketStreamed;
 };
 
 // ticket_index_error: null, or what is wrong with an index. The kernels may be led outside of their tensors by an index

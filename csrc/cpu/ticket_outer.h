@@ -14,7 +14,7 @@ namespace PYEFF_ISA {
 // sums[i][j] = sum over p < k of left[p][i] right[j][p], MR rows by NV vectors, each of which has a packed column of
 // its own.
 template <class Op, int MR, int NV>
-__attribute__((noinline)) void outer_tile(typename Op::Acc* sums, const typename Op::Element* left,
+__attribute__((noinline)) void outer_tile(typename Op::Acc* sums, const typename Op::Element* left, int64_t ld,
                                           const typename Op::Element* const* right, int64_t k) {
   using Element = typename Op::Element;
   using V = Vec<typename Op::Acc>;
@@ -28,7 +28,7 @@ __attribute__((noinline)) void outer_tile(typename Op::Acc* sums, const typename
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) column[j] = right[j];
 #pragma GCC unroll 1
-  for (int64_t p = 0; p < k; ++p, left += MR) {
+  for (int64_t p = 0; p < k; ++p, left += ld) {
     decltype(Op::load_vector(left)) vector[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) vector[j] = Op::load_vector(column[j] + p * lanes);
@@ -45,69 +45,93 @@ __attribute__((noinline)) void outer_tile(typename Op::Acc* sums, const typename
     for (int j = 0; j < NV; ++j) store(sums + (i * NV + j) * lanes, acc[i][j]);
 }
 
-// Columns of a [tokens, width] source, by blocks, as tile operands: [block][piece of the block][step][piece]. The piece
-// is a vector of the right operand or the rows of a tile of the left one. What a block lacks to whole pieces is not
-// written, and what comes of it is dropped.
-template <class T, int kPiece>
+// Columns of a [tokens, width] source, by blocks, as tile operands: [block][piece of the block][step][piece]. A piece
+// is a vector where the blocks are whole vectors, and for the left operand else the rows of a tile. What a block lacks
+// to whole pieces is not written, and what comes of it is dropped.
+template <class T>
 struct ColumnPack {
   using Op = Operand<T>;
   using Element = typename Op::Element;
   using C = Compute<T>;
   static constexpr int kLength = kLanes<C>, kStrip = 4;  // vectors of a strip, which one pass over the tokens takes
+  static constexpr int64_t kAhead = 8;                   // tokens
 
-  int64_t width, block, steps_total;  // the steps that a chunk has room for
+  int64_t width, block, room;  // the steps that a chunk has room for
+  int64_t piece;
 
-  int64_t pieces() const { return ceil_div(block, kPiece); }
-  int64_t elements() const { return ceil_div(width, block) * pieces() * kPiece * steps_total; }
+  int64_t pieces() const { return ceil_div(block, piece); }
+  int64_t elements() const { return ceil_div(width, block) * pieces() * piece * room; }
   int64_t strips() const { return ceil_div(width, kStrip * kLength); }
-  const Element* piece(const Element* packed, int64_t b, int64_t i) const {
-    return packed + (b * pieces() + i) * kPiece * steps_total;
-  }
+  // Where the piece of one column of a block begins, and the column in it.
+  const Element* at(const Element* packed, int64_t b, int64_t r) const { return packed + offset(b * block + r); }
   int64_t offset(int64_t column) const {
     const int64_t b = column / block, r = column % block;
-    return (b * pieces() + r / kPiece) * kPiece * steps_total + r % kPiece;
+    return (b * pieces() + r / piece) * piece * room + r % piece;
   }
 
   // Adds the column sums of one strip over the tokens [first, first + count) to `sums`, if any; packs it, if wanted.
   template <class Source>
   __attribute__((noinline)) void strip(Element* packed, C* sums, const Source& source, int64_t index, int64_t first,
                                        int64_t count) const {
-    constexpr int kPart = kPiece < kLength ? kPiece : kLength;  // lanes that stay together
-    const int64_t begin = index * kStrip * kLength, left = width - begin;
-    const bool regular = block % kPiece == 0 && block % kPart == 0;
+    const int64_t begin = index * kStrip * kLength, left = smaller(width - begin, kStrip * kLength);
     int64_t offsets[kStrip * kLength];
-    for (int64_t i = 0; i < smaller(left, kStrip * kLength); ++i) offsets[i] = offset(begin + i);
+    for (int64_t i = 0; i < left; ++i) offsets[i] = offset(begin + i);
     Vec<C> total[kStrip] = {};
-    auto value = [&](int64_t token, int v) {
-      const Vec<C> x = source.value(token, begin + v * kLength, left - v * kLength);
-      total[v] += x;
-      return x;
-    };
-    for (int64_t t = 0; t < count; t += Op::kPack) {
-      for (int v = 0; v < kStrip && v * kLength < left; ++v) {
-        Element vector[kLength];
-        const Vec<C> x = value(first + t, v);
-        if constexpr (Op::kPack == 1) {
-          __builtin_memcpy(vector, &x, sizeof vector);
-        } else {
-          const UInt32V low = rounded_bits(x);
-          const UInt32V pair = low | (t + 1 < count ? rounded_bits(value(first + t + 1, v)) : UInt32V{}) << 16;
-          __builtin_memcpy(vector, &pair, sizeof vector);
+    if (left == kStrip * kLength && block % kLength == 0 && piece == kLength && packed) {
+      pack_vectors<kStrip>(packed, total, source, begin, offsets, first, count);
+    } else {
+      for (int64_t t = 0; t < count; t += Op::kPack)
+        for (int v = 0; v < kStrip && v * kLength < left; ++v) {
+          const Vec<C> bits = step(source, first + t, t + 1 < count, begin + v * kLength, left - v * kLength, total[v]);
+          Element vector[kLength];
+          __builtin_memcpy(vector, &bits, sizeof vector);
+          if (!packed) continue;
+          Element* to = packed + t / Op::kPack * piece;
+          for (int l = 0; l < smaller(kLength, left - v * kLength); ++l) to[offsets[v * kLength + l]] = vector[l];
         }
-        if (!packed) continue;
-        Element* to = packed + t / Op::kPack * kPiece;
-        const int64_t* at = offsets + v * kLength;
-        if (regular && left - v * kLength >= kLength) {
-          for (int l = 0; l < kLength; l += kPart) __builtin_memcpy(to + at[l], vector + l, kPart * sizeof(Element));
-        } else {
-          for (int l = 0; l < smaller(kLength, left - v * kLength); ++l) to[at[l]] = vector[l];
-        }
-      }
     }
     for (int v = 0; sums && v < kStrip && v * kLength < left; ++v) {
-      C* at = sums + begin + v * kLength;
-      store_first(at, first ? load_first(at, left - v * kLength) + total[v] : total[v], left - v * kLength);
+      C* to = sums + begin + v * kLength;
+      store_first(to, first ? load_first(to, left - v * kLength) + total[v] : total[v], left - v * kLength);
     }
+  }
+
+ private:
+  // One step of K of a vector of columns: the bits of its operand elements.
+  template <class Source>
+  static PYEFF_INLINE Vec<C> step(const Source& source, int64_t token, bool two, int64_t column, int64_t left,
+                                  Vec<C>& total) {
+    const Vec<C> x = source.value(token, column, left);
+    total += x;
+    if constexpr (Op::kPack == 1) {
+      return x;
+    } else {
+      UInt32V pair = rounded_bits(x);
+      if (two) {
+        const Vec<C> next = source.value(token + 1, column, left);
+        total += next;
+        pair |= rounded_bits(next) << 16;
+      }
+      return bit_cast<Vec<C>>(pair);
+    }
+  }
+
+  template <int kVectors, class Source>
+  PYEFF_INLINE void pack_vectors(Element* packed, Vec<C>* totals, const Source& source, int64_t begin,
+                                 const int64_t* offsets, int64_t first, int64_t count) const {
+    Vec<C> total[kVectors] = {};
+    Element* to[kVectors];
+    for (int v = 0; v < kVectors; ++v) to[v] = packed + offsets[v * kLength];
+#pragma GCC unroll 1
+    for (int64_t t = 0; t < count; t += Op::kPack) {
+      if (t + kAhead + Op::kPack <= count) source.prefetch(first + t + kAhead, begin, kVectors * kLength);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec<C> bits = step(source, first + t, t + 1 < count, begin + v * kLength, kLength, total[v]);
+        __builtin_memcpy(to[v] + t / Op::kPack * kLength, &bits, sizeof bits);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) totals[v] = total[v];
   }
 };
 
@@ -128,8 +152,7 @@ struct Outer {
   T *dvalues, *dbias;
 
   int64_t room, groups, group_blocks;  // tokens of a chunk; groups of columns of blocks, and how many each has
-  ColumnPack<T, kRows> left;
-  ColumnPack<T, kLength> right;
+  ColumnPack<T> left, right;
 
   // A vector of one living block: where it is packed, and where its sums go.
   struct Target {
@@ -137,14 +160,19 @@ struct Outer {
     bool last_column;
   };
 
-  bool operator()(const Parallel& parallel) {
-    const int64_t threads = larger(1, parallel.threads);
+  Outer(const TicketProblem& p, const TicketParts& index, const Gradient& gradient, const PlainSource<T>& input,
+        T* dvalues, T* dbias)
+      : p(p), index(index), gradient(gradient), input(input), dvalues(dvalues), dbias(dbias) {
     room = smaller(kTokens, ceil_div(p.tokens, Op::kPack) * Op::kPack);
-    left = {p.out, p.bo, steps<Op>(room)};
-    right = {p.in, p.bi, steps<Op>(room)};
-    const int64_t block_bytes = right.pieces() * kLength * right.steps_total * int64_t(sizeof(Element));
+    left = {p.out, p.bo, steps<Op>(room), p.bo % kLength == 0 && kLength % kRows == 0 ? kLength : kRows};
+    right = {p.in, p.bi, steps<Op>(room), kLength};
+    const int64_t block_bytes = right.pieces() * kLength * right.room * int64_t(sizeof(Element));
     group_blocks = smaller(index.columns, larger(1, kColumnBytes / block_bytes));
     groups = ceil_div(index.columns, group_blocks);
+  }
+
+  bool operator()(const Parallel& parallel) const {
+    const int64_t threads = larger(1, parallel.threads);
     const int64_t chunks = ceil_div(p.tokens, room), cells = groups * index.rows;
     const bool wide_sums = dvalues && sizeof(T) == 2 && chunks > 1;
 
@@ -230,7 +258,7 @@ struct Outer {
     int count = 0;
     for (int64_t e = entry; e < end && index.column[e] < limit; ++e)
       for (int64_t piece = 0; piece < each; ++piece) {
-        columns[count] = right.piece(rights, index.column[e], piece);
+        columns[count] = right.at(rights, index.column[e], piece * kLength);
         targets[count++] = {e, piece, index.column[e] == index.columns - 1};
         if (count < kVectors) continue;
         run_tiles<kVectors>(row, columns, targets, lefts, sums, k, fresh, last);
@@ -244,10 +272,10 @@ struct Outer {
   __attribute__((noinline)) void run_tiles(int64_t row, const Element* const* columns, const Target* targets,
                                            const Element* lefts, C* sums, int64_t k, bool fresh, bool last) const {
     const int64_t rows_there = smaller(p.bo, p.out - row * p.bo);
-    for (int64_t tile = 0; tile < left.pieces(); ++tile) {
+    for (int64_t first = 0; first < p.bo; first += kRows) {
       C result[kRows * NV * kLength];
-      const int64_t first = tile * kRows, rows = smaller(kRows, p.bo - first);
-      outer_tile<Op, kRows, NV>(result, left.piece(lefts, row, tile), columns, k);
+      const int64_t rows = smaller(kRows, p.bo - first);
+      outer_tile<Op, kRows, NV>(result, left.at(lefts, row, first), left.piece, columns, k);
       for (int64_t i = 0; i < rows; ++i)
         for (int j = 0; j < NV; ++j) {
           const int64_t column = targets[j].piece * kLength, width = p.bi - column;

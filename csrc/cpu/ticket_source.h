@@ -29,6 +29,9 @@ struct PlainSource {
   PYEFF_INLINE Vec<C> value(int64_t token, int64_t at, int64_t left) const {
     return load_first(base + token * stride + at, left);
   }
+  PYEFF_INLINE void prefetch(int64_t token, int64_t at, int64_t count) const {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(base + token * stride + at + i);
+  }
   // The same as a vector of operand elements.
   PYEFF_INLINE Vec<C> elements(int64_t token, int64_t at, int64_t left) const {
     if constexpr (Op::kPack == 1) {
@@ -64,6 +67,12 @@ struct GradientSource {
     if constexpr (A == Activation::relu) return s <= 0 ? Vec<C>{} : g;  // as torch has it: a NaN lets the gradient pass
     return g * gelu_derivative<C>(s);
   }
+  PYEFF_INLINE void prefetch(int64_t token, int64_t at, int64_t count) const {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) {
+      __builtin_prefetch(grad + token * stride + at + i);
+      if constexpr (A != Activation::none) __builtin_prefetch(saved + token * width + at + i);
+    }
+  }
   PYEFF_INLINE Vec<C> elements(int64_t token, int64_t at, int64_t left) const {
     if constexpr (Op::kPack == 1) {
       return value(token, at, left);
@@ -89,10 +98,15 @@ PYEFF_INLINE void pack_tokens(typename Operand<T>::Element* panel, int64_t width
   using Op = Operand<T>;
   using C = Compute<T>;
   constexpr int lanes = kLanes<C>;
+  constexpr int64_t kAhead = 4;  // vectors
   const int64_t total = steps<Op>(k);
   for (int64_t p = 0; p < total; p += lanes) {
     const int64_t at = p * Op::kPack;
     Vec<C> square[lanes];
+    // The rows lie far apart, each a stream of its own: more of them than the processor follows by itself.
+    if (at + kAhead * lanes * Op::kPack < k)
+      for (int lane = 0; lane < smaller(lanes, count); ++lane)
+        source.prefetch(token + lane, first + at + kAhead * lanes * Op::kPack, lanes * Op::kPack);
     if constexpr (Source::kSimple) {
 #pragma GCC unroll 16
       for (int lane = 0; lane < lanes; ++lane)

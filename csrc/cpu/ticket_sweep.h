@@ -52,6 +52,15 @@ __attribute__((noinline)) void sweep_tile(typename Op::Acc* sums, const SweepPie
     const Element* right = panel + block * inner.steps * width;
     const int64_t k = block == inner.last ? inner.last_k : inner.k;
     const int64_t whole = kAcross ? steps<Op>(k) : k / Op::kPack;
+    if constexpr (!kAcross) {
+      // The next block begins on as many cache lines as it has rows, wherever the panel goes on.
+      const Stored* next = left + piece.block_stride;
+      const Element* next_right = panel + piece.inner[e + 1 < count ? e + 1 : e] * inner.steps * width;
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(next + i * ld);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(next_right + j * lanes);
+    }
 #pragma GCC unroll 1
     for (int64_t p = 0; p < whole; ++p, right += width) {
       decltype(Op::load_vector(right)) vector[NV];
@@ -96,8 +105,9 @@ struct Sweep {
   using Stored = std::conditional_t<kPrepared || Op::kPack == 1, Element, T>;
   using Piece = SweepPiece<Stored>;
   static constexpr int kLength = kLanes<C>, kVectors = 3, kRows = kTileRows<kVectors>;
-  static constexpr int kGroup = kRows > kLength ? kRows : kLength;  // rows of outputs that are stored together
-  static constexpr int64_t kPanelBytes = 640 << 10;                 // of the panels that share a pass over the blocks
+  // Rows of outputs that are stored together: a cache line of each token.
+  static constexpr int kLine = 64 / int(sizeof(T)), kGroup = kRows > kLine ? kRows : kLine;
+  static constexpr int64_t kPanelBytes = 640 << 10;  // of the panels that share a pass over the blocks
   static constexpr int64_t kMostPanels = 8;
 
   int64_t tokens, size, block, inner_size, inner_block;
@@ -106,15 +116,29 @@ struct Sweep {
   Source source;
   Epilogue epilogue;
 
+  int64_t inner_blocks, groups, inner_steps;
   SweepInner inner;
-  int64_t inner_blocks, inner_steps, groups;
 
-  // `sizes` first, then this.
-  void prepare() {
-    inner_blocks = ceil_div(inner_size, inner_block);
+  struct Side {
+    int64_t size, block;
+  };
+  Sweep(int64_t tokens, Side outputs, Side inputs, const int32_t* start, const int32_t* other, const int32_t* slot,
+        const T* values, const Source& source, const Epilogue& epilogue)
+      : tokens(tokens),
+        size(outputs.size),
+        block(outputs.block),
+        inner_size(inputs.size),
+        inner_block(inputs.block),
+        start(start),
+        other(other),
+        slot(slot),
+        values(values),
+        source(source),
+        epilogue(epilogue),
+        inner_blocks(ceil_div(inner_size, inner_block)),
+        groups(ceil_div(size, kGroup)) {
     inner = {inner_block, inner_blocks - 1, inner_size - (inner_blocks - 1) * inner_block, steps<Op>(inner_block)};
     inner_steps = inner_blocks * inner.steps;
-    groups = ceil_div(size, kGroup);
   }
 
   // Scratch of one thread.
@@ -233,18 +257,20 @@ struct Sweep {
       else
         run_piece<1>(w, pieces[i], panel, vectors);
     }
-    const int64_t width = vectors * kLength;
-    for (int s = 0; s < kGroup; s += kLength) {
-      const int64_t column = group * kGroup + s, left = size - column;
-      if (left <= 0) break;
-      for (int64_t v = 0; v < vectors; ++v) {
-        V square[kLength];
+    const int64_t width = vectors * kLength, column = group * kGroup;
+    constexpr int squares = kGroup / kLength;
+    for (int64_t v = 0; v < vectors; ++v) {
+      V square[squares][kLength];
+#pragma GCC unroll 4
+      for (int s = 0; s < squares; ++s) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLength; ++i) square[i] = load(w.sums + (s + i) * width + v * kLength);
-        transpose<C>(square);
-        const int64_t token = (first + v) * kLength, there = smaller(kLength, tokens - token);
-        for (int64_t t = 0; t < there; ++t) epilogue(token + t, column, square[t], left);
+        for (int i = 0; i < kLength; ++i) square[s][i] = load(w.sums + (s * kLength + i) * width + v * kLength);
+        transpose<C>(square[s]);
       }
+      const int64_t token = (first + v) * kLength, there = smaller(kLength, tokens - token);
+      for (int64_t t = 0; t < there; ++t)
+        for (int s = 0; s < squares && column + s * kLength < size; ++s)
+          epilogue(token + t, column + s * kLength, square[s][t], size - column - s * kLength);
     }
   }
 
@@ -289,6 +315,7 @@ struct Sweep {
         pack_panels(packed, first, mine, panels, from, to, 0, inner_blocks);
         run_groups(w, 0, groups, packed, first, mine, panels, from, to);
       }
+      epilogue.end();
     });
     return true;
   }
@@ -324,6 +351,7 @@ struct Sweep {
       for (int64_t from = 0; from < panels; from += together)
         run_groups(w, begin, end, packed + panel_begin(vectors, panels, from) * kLength * inner_steps, 0, vectors,
                    panels, from, smaller(panels, from + together));
+      epilogue.end();
     });
     return true;
   }

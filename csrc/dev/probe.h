@@ -10,7 +10,7 @@
 
 namespace pyeff {
 
-enum class MathFunction : int { sigmoid, tanh };
+enum class MathFunction : int { sigmoid, tanh, gelu, gelu_derivative };
 enum class ToBf16 : int { scalar, vector, pair };  // the three places that round to bf16
 
 // One left operand of `k` columns, of the number type Product::stored; see RowSource.

@@ -1,4 +1,4 @@
-// sigmoid and tanh against long double, and the conversions.
+// sigmoid, tanh and gelu against long double, and the conversions.
 #include <limits>
 
 #include "dev/probe.h"
@@ -79,6 +79,41 @@ TEST(sigmoid_and_tanh_at_the_ends) {
       CHECK(s[2] == 1 && t[2] == 1 && t[4] == -1 && s[4] >= 0 && s[4] < 0x1p-120);
       CHECK(s[5] == 0.5 && s[7] == 0.5);
       CHECK(t[5] == 0 && !std::signbit(t[5]) && t[7] == 0 && std::signbit(t[7]));
+    });
+  }
+}
+
+// The tail of gelu is as small as exp(-x^2 / 2), whose argument is rounded: so many units more.
+TEST(gelu_and_its_derivative_are_right_to_a_few_units_in_the_last_place) {
+  const long double pi = std::acos(-1.0L);
+  for (Number number : {Number::f64, Number::f32}) {
+    const std::vector<double> x = arguments(number);
+    const double smallest = number == Number::f64 ? 0x1p-1022 : 0x1p-126;
+    for_each_usable_isa([&](int isa) {
+      const std::vector<double> y = apply(isa, MathFunction::gelu, number, x);
+      const std::vector<double> slope = apply(isa, MathFunction::gelu_derivative, number, x);
+      for (size_t i = 0; i < x.size(); ++i) {
+        const long double v = x[i];
+        if (std::isinf(x[i])) {
+          CHECK(x[i] > 0 ? std::isinf(y[i]) && y[i] > 0 : y[i] != y[i]);  // -inf * 0, as by the definition
+          continue;
+        }
+        const long double below = std::erfc(-v / std::sqrt(2.0L)) / 2, bell = std::exp(-v * v / 2) / std::sqrt(2 * pi);
+        const long double tail = std::fmin(below, 1 - below), far = std::fmin(v * v, 2e3L), unit = epsilon(number);
+        const long double least = 4 * smallest * (1 + std::fabs(v));
+        const bool right = std::fabs(y[i] - v * below) <= std::fabs(v) * (4 * below + (4 + far) * tail) * unit + least;
+        const bool right_slope = std::fabs(slope[i] - (below + v * bell)) <=
+                                 (4 * below + (4 + far) * (tail + std::fabs(v) * bell)) * unit + least;
+        if (right && right_slope) continue;
+        std::fprintf(stderr, "%s %s gelu(%a) = %a, not %La; its derivative %a, not %La\n", pyeff::isa_name(isa),
+                     name_of(number), x[i], y[i], v * below, slope[i], below + v * bell);
+        std::exit(1);
+      }
+      const double nan = std::nan("");
+      for (auto function : {MathFunction::gelu, MathFunction::gelu_derivative}) {
+        const std::vector<double> beside = apply(isa, function, number, {nan, 1.0, nan, -1.0});
+        CHECK(beside[0] != beside[0] && beside[1] == beside[1] && beside[2] != beside[2] && beside[3] == beside[3]);
+      }
     });
   }
 }

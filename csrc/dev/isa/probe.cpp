@@ -27,7 +27,11 @@ template <class T>
 void apply(MathFunction function, const T* x, T* y, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const Vec<T> v = load_first(x + i, count - i);
-    store_first(y + i, function == MathFunction::tanh ? tanh<T>(v) : sigmoid<T>(v), count - i);
+    const Vec<T> result = function == MathFunction::tanh      ? tanh<T>(v)
+                          : function == MathFunction::sigmoid ? sigmoid<T>(v)
+                          : function == MathFunction::gelu    ? gelu<T>(v)
+                                                              : gelu_derivative<T>(v);
+    store_first(y + i, result, count - i);
   }
 }
 
