@@ -36,6 +36,8 @@ INSTRUCTION_SHARE = {
 FMA_SHARE = 0.6
 SFU_SHARE = 0.8
 SHARED_SHARE = 0.8
+# What one kernel writes and the next one reads stays in L2 if it takes no more than this part of it.
+L2_PART = 0.5
 ASSUMPTIONS = {
     "launch": f"{LAUNCH * 1e6:g} us a kernel, as in a replayed CUDA graph; nothing of the host's time",
     "memory": f"{MEMORY_SHARE:.0%} of the copy bandwidth",
@@ -101,6 +103,23 @@ class Prediction:
     @property
     def seconds(self) -> float:
         return self.launch + max(self.terms.values())
+
+
+def away(amount: float, card: Card) -> float:
+    """Bytes of device memory for what the next kernel reads: none if it stays in L2."""
+    return 0.0 if amount <= L2_PART * card.l2_bytes else float(amount)
+
+
+def tile_bytes(rows: int, columns: int, depth: float, size: int, threads: int, instruction: str) -> float:
+    """Shared memory traffic of one tile of a product: operands written once, read by each warp that needs them."""
+    warps = max(1, threads // 32)
+    if instruction == WGMMA:
+        # A warpgroup takes 64 rows and all columns from shared memory.
+        down, across = max(1, warps // 4), 1
+    else:
+        down = 2 ** (int(math.log2(warps)) // 2)
+        across = warps // down
+    return (rows * (1 + across) + columns * (1 + down)) * depth * size
 
 
 def predict(work: Work, card: Card) -> Prediction:

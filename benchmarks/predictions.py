@@ -1,4 +1,4 @@
-"""Predictions: READ's GPU kernels by the model, against the floor, as tables. None of it was ever timed.
+"""Predictions: the GPU kernels by the model, against the floor, as tables. None of it was ever timed.
 
 A prediction is computed where it is shown and is stored in no result. What it rests on is listed under it.
 """
@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import model, read_model, read_plan
+from . import model, plans, read_plan, ticket_plan
 from .gpus import CARDS, Card
 from .model import Prediction
-from .read_model import GATES, SIZES, Shape
+from .plans import Family
 from .registry import FORWARD, TRAINING, matches
 from .report import Table, fill_marked, seconds
 
 ROOT = Path(__file__).resolve().parent.parent
-OP = "read_recurrence"
-TOKENS = (512, 1024, 8192, 32768)
+FAMILIES = {"read": read_plan.FAMILY, "ticket": ticket_plan.FAMILY}
 BACKENDS = ("triton", "cuda")
 MARKED = re.compile(r"(<!-- predict:(\w+)([^>]*?) -->\n).*?(<!-- /predict -->)", re.S)
 HEADING = "PREDICTION, not a measurement"
@@ -37,7 +36,8 @@ class Row:
     Times are in seconds. ``absent`` has the backends without a prediction, and why.
     """
 
-    shape: Shape
+    family: Family
+    shape: Any
     card: Card
     floor: float
     kernels: dict[str, list[Prediction]]
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return f"{self.shape.cell} {self.shape.tokens}"
+        return self.shape.label
 
     def seconds(self, backend: str) -> float:
         return model.total(self.kernels[backend])
@@ -63,46 +63,55 @@ class Row:
         return max(self.kernels[backend], key=lambda prediction: prediction.seconds)
 
 
-def row(shape: Shape, card: Card) -> Row:
+def row(family: Family, shape: Any, card: Card) -> Row:
     """The predictions for one call."""
     faster_card = dataclasses.replace(card, l2=card.l2 * _L2_FACTOR)
     kernels, faster, absent = {}, {}, {}
     for backend in BACKENDS:
         try:
-            plan = read_plan.plan(backend, shape, card)
-        except read_plan.NoPlan as reason:
+            plan = family.plan(backend, shape, card)
+        except plans.NoPlan as reason:
             absent[backend] = str(reason)
             continue
-        kernels[backend] = read_model.predict(shape, plan, card)
-        faster[backend] = model.total(read_model.predict(shape, plan, faster_card))
-    return Row(shape, card, read_model.floor_seconds(shape, card), kernels, faster, absent)
+        kernels[backend] = family.predict(shape, plan, card)
+        faster[backend] = model.total(family.predict(shape, plan, faster_card))
+    return Row(family, shape, card, family.floor(shape, card), kernels, faster, absent)
 
 
-def rows(card: Card, match: str = "") -> list[Row]:
-    """The rows whose cell, tokens, dtype and mode have every word of ``match``."""
-    found = []
-    for mode in (FORWARD, TRAINING):
-        for dtype in SIZES:
-            for cell in GATES:
-                for tokens in TOKENS:
-                    if matches(match, OP, f"{cell} {tokens}", dtype, mode):
-                        found.append(row(Shape(tokens, cell, dtype, mode == TRAINING), card))
+def families(op: str | None) -> list[Family]:
+    """The family of a row (``"read"``) or an operation (``"read_recurrence"``); all for None.
+
+    Raises:
+        ValueError: there are no predictions for it.
+    """
+    found = [family for stem, family in FAMILIES.items() if op in (None, stem, family.op)]
+    if not found:
+        raise ValueError(f"there are no predictions for {op!r}, only for {', '.join(FAMILIES)}")
     return found
+
+
+def rows(card: Card, match: str = "", op: str | None = None) -> list[Row]:
+    """The rows of an operation whose label, dtype and mode have every word of ``match``."""
+    return [
+        row(family, shape, card)
+        for family in families(op)
+        for shape in family.shapes()
+        if matches(match, family.op, shape.label, shape.dtype, TRAINING if shape.training else FORWARD)
+    ]
 
 
 def tables(found: list[Row]) -> list[Table]:
     """One table for each dtype and mode."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for one in found:
-        groups.setdefault((one.shape.dtype, one.mode), []).append(one)
+        groups.setdefault((one.family.op, one.shape.dtype, one.mode), []).append(one)
     header = ["case", "floor"]
     for backend in BACKENDS:
         header += [backend, "xfloor", "L2 x2", "longest kernel"]
     result = []
-    for (dtype, mode), group in groups.items():
+    for (op, dtype, mode), group in groups.items():
         first = group[0]
-        sizes = f"L={first.shape.layers} d={first.shape.width} r={first.shape.rank}"
-        title = f"{HEADING}: {OP}  {first.card.name}  {dtype}  {mode}  {sizes}"
+        title = f"{HEADING}: {op}  {first.card.name}  {dtype}  {mode}  {first.shape.sizes}"
         result.append(Table(title, header, [[one.label, seconds(one.floor), *_cells(one)] for one in group]))
     return result
 
@@ -130,7 +139,7 @@ def details(found: list[Row]) -> list[Table]:
                 + [seconds(p.terms[term]) if p.terms[term] else "-" for term in terms]
                 for p in kernels
             ]
-            title = f"{HEADING}: {OP} {one.label}  {one.card.name}  {one.shape.dtype} {one.mode}  {backend}"
+            title = f"{HEADING}: {one.family.op} {one.label}  {one.card.name}  {one.shape.dtype} {one.mode}  {backend}"
             result.append(Table(title, ["kernel", "time", "waves", "launch", *terms], lines))
     return result
 
@@ -139,13 +148,17 @@ def notes(found: list[Row]) -> list[str]:
     """What the predictions rest on, and which backends have none."""
     lines = [
         "Nothing in these tables was timed. time: the largest of the terms of each kernel, plus launches, summed up.",
-        "xfloor: over the floor of docs/read.md at this card's rates; L2 x2: the time with twice the rate of L2.",
+        f"xfloor: over the floor of {', '.join(dict.fromkeys(one.family.page for one in found))} at this card's rates; "
+        "L2 x2: the time with twice the rate of L2.",
     ]
     absent = {backend: reason for one in found for backend, reason in one.absent.items()}
     lines += [f"{backend}: no prediction: {reason}" for backend, reason in absent.items()]
     card = found[0].card
+    for family in FAMILIES.values():
+        shapes = [one.shape for one in found if one.family is family]
+        lines += family.notes(shapes, card) if shapes else []
     lines += model.assumptions([p for one in found for kernels in one.kernels.values() for p in kernels], card)
-    return lines + read_plan.sources(card)
+    return lines + plans.sources(card)
 
 
 def text(found: list[Row], every: bool = False) -> str:
@@ -168,7 +181,7 @@ def plain(found: list[Row]) -> dict[str, Any]:
         "notes": notes(found),
         "rows": [
             {
-                "op": OP,
+                "op": one.family.op,
                 "mode": one.mode,
                 "shape": dataclasses.asdict(one.shape),
                 "floor_seconds": one.floor,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import model
-from .gpus import WGMMA, Card
+from .gpus import Card
 from .model import Prediction, Work
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
@@ -29,8 +29,6 @@ _ELEMENTWISE_BACK = {"rnn": 6, "gru": 26, "lstm": 34}
 # the gates. Assumption, from latencies of a few hundred nanoseconds for L2 and some tens for the rest.
 STEP = 1.0e-6
 _STEP_NOTE = f"a step that nothing hides takes {STEP * 1e6:g} us"
-# What one kernel writes and the next one reads stays in L2 if it takes no more than this part of it.
-_L2_PART = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,15 @@ class Shape:
     def rows(self) -> int:
         """g r, the rows of the weights."""
         return self.g * self.rank
+
+    @property
+    def label(self) -> str:
+        return f"{self.cell} {self.tokens}"
+
+    @property
+    def sizes(self) -> str:
+        """What all calls of a table have in common."""
+        return f"L={self.layers} d={self.width} r={self.rank}"
 
 
 @dataclass(frozen=True)
@@ -117,19 +124,13 @@ class Builder:
         )
 
     def away(self, amount: float) -> float:
-        """Bytes of device memory for what the next kernel reads: none if it stays in L2."""
-        return 0.0 if amount <= _L2_PART * self.card.l2_bytes else float(amount)
+        """Bytes of device memory for what the next kernel reads."""
+        return model.away(amount, self.card)
 
     def tile_bytes(self, columns: int, depth: float) -> float:
-        """Shared memory traffic of one output tile: operands written once, read by each warp that needs them."""
-        step, warps = self.step, max(1, self.step.threads // 32)
-        if step.instruction == WGMMA:
-            # A warpgroup takes 64 rows and all columns from shared memory.
-            down, across = max(1, warps // 4), 1
-        else:
-            down = 2 ** (int(math.log2(warps)) // 2)
-            across = warps // down
-        return (step.rows * (1 + across) + columns * (1 + down)) * depth * self.s
+        """Shared memory traffic of one output tile."""
+        step = self.step
+        return model.tile_bytes(step.rows, columns, depth, self.s, step.threads, step.instruction)
 
     def state_weights(self) -> float:
         """Bytes of R that the blocks read from L2."""

@@ -7,23 +7,27 @@ the committed table of the resource report.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
-from .gpus import ARCHITECTURES, MMA, TCGEN05, WGMMA, Card
-from .read_model import GRADIENTS, Shape, Step
-from .resource_table import RESOURCES, VERSIONS
+from . import read_model
+from .gpus import Card
+from .plans import Family, NoPlan, arguments, ceil, entry, recorded, resources
+from .read_model import GATES, GRADIENTS, SIZES, Shape, Step
 
 _THREADS = 256
 _SCRATCH = 1 << 30  # bytes that grow with the tokens: beyond, they pass in turns. The same in both backends
 _NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "float"}
-_INSTRUCTIONS = {"": "", "mma": MMA, "wgmma": WGMMA, "tcgen05": TCGEN05}
 _CELLS = {"rnn": 0, "gru": 1, "lstm": 2}
+TOKENS = (512, 1024, 8192, 32768)
 
 
-class NoPlan(Exception):  # noqa: N818 (not an error: a finding)
-    """There is no prediction for a backend; the message says why."""
+def shapes() -> Iterator[Shape]:
+    """The calls that are predicted."""
+    for training, dtype, cell, tokens in itertools.product((False, True), SIZES, GATES, TOKENS):
+        yield Shape(tokens, cell, dtype, training)
 
 
 def plan(backend: str, shape: Shape, card: Card) -> list[Step]:
@@ -35,38 +39,15 @@ def plan(backend: str, shape: Shape, card: Card) -> list[Step]:
     return (_triton if backend == "triton" else _cuda)(shape, card)
 
 
-def sources(card: Card) -> list[str]:
-    """Where registers and occupancy come from."""
-    versions = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
-    return [f"blocks on an SM and matrix instructions: the resource report for sm_{card.cc} ({versions})"]
-
-
-def _resources(name: str, card: Card) -> tuple[int, int, str]:
-    """(threads, blocks on an SM, matrix instruction) of a kernel."""
-    found = _entry(name, card)
-    if found is None:
-        raise NoPlan(f"the resource table has no {name} on sm_{card.cc}")
-    threads, blocks, instruction = found
-    return threads, blocks, _INSTRUCTIONS[instruction]
-
-
-def _entry(name: str, card: Card) -> tuple[int, int, str] | None:
-    return RESOURCES[name][list(ARCHITECTURES).index(card.cc)] if name in RESOURCES else None
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 # Triton ---------------------------------------------------------------------------------------------------------------
 
 
 def _triton(shape: Shape, card: Card) -> list[Step]:
     steps = []
     for launch in _recorded(shape, card):
-        given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
+        given = arguments(launch)
         name = launch.kernel.__name__
-        threads, blocks, instruction = _resources(_known(launch.config.name, shape.cell, card), card)
+        threads, blocks, instruction = resources(_known(launch.config.name, shape.cell, card), card)
         kernel, rows, columns = _triton_kernel(name, given, shape)
         steps.append(
             Step(
@@ -80,7 +61,7 @@ def _triton(shape: Shape, card: Card) -> list[Step]:
 def _known(key: str, cell: str, card: Card) -> str:
     """The table's name: that of the cell, or of any if the kernel does not depend on it."""
     names = [f"{key} {cell}", *(f"{key} {other}" for other in _CELLS)]
-    return next((name for name in names if _entry(name, card)), names[0])
+    return next((name for name in names if entry(name, card)), names[0])
 
 
 def _triton_kernel(name: str, given: dict[str, Any], shape: Shape) -> tuple[str, int, int]:
@@ -111,13 +92,6 @@ def _recorded(shape: Shape, card: Card) -> list[Any]:
     import torch
     from torch import Tensor
 
-    try:
-        from pyeff import backends
-
-        read = backends.triton_kernels("read")
-        launch = backends.triton_kernels("_launch")
-    except ImportError as error:
-        raise NoPlan(f"no Triton here ({error})") from None
     dtype, n, r, d = getattr(torch, shape.dtype), shape.tokens, shape.rank, shape.width
 
     def empty(*sizes: int, kind: torch.dtype = dtype) -> Tensor:
@@ -131,7 +105,7 @@ def _recorded(shape: Shape, card: Card) -> list[Any]:
         states = empty(shape.layers, n, r)
         gates = none if shape.cell == "rnn" else empty(shape.layers, n, 4 * r)
         kept = (states, states if lstm else none, gates, empty(1, shape.layers, n, kind=torch.float32))
-    with launch.record(launch.Machine(card.cc, card.sms)) as launches:
+    with recorded("read", card) as (read, launches):
         read.forward(phi, *inputs, *options, out, empty(n, r) if lstm else none, *kept)
         if shape.training:
             wanted = [none if t is None else t for t in inputs]
@@ -161,35 +135,35 @@ def _cuda(shape: Shape, card: Card) -> list[Step]:
 
 def _turns(tokens: int, bytes_a_token: int, tile: int = 128) -> list[int]:
     most = max(_SCRATCH // bytes_a_token // tile * tile, tile)
-    each = _ceil(_ceil(tokens, _ceil(tokens, most)), tile) * tile if tokens > most else tokens
+    each = ceil(ceil(tokens, ceil(tokens, most)), tile) * tile if tokens > most else tokens
     return [min(each, tokens - first) for first in range(0, tokens, each)]
 
 
 def _step(
     kernel: str, name: str, card: Card, tokens: int, blocks: int, rows: int, columns: int, **more: Any
 ) -> Step:  # fmt: skip
-    threads, resident, instruction = _resources(name, card)
+    threads, resident, instruction = resources(name, card)
     return Step(kernel, tokens, blocks, rows, columns, threads, resident, instruction, **more)
 
 
 def _cuda_forward(shape: Shape, card: Card, tokens: int, wgmma: bool, number: str) -> Iterator[Step]:
     cell = _CELLS[shape.cell]
     if number == "float":
-        yield _step("statistics", "read_stats<float>", card, tokens, _ceil(tokens, 8) * shape.layers, 8, shape.width)
+        yield _step("statistics", "read_stats<float>", card, tokens, ceil(tokens, 8) * shape.layers, 8, shape.width)
     large = wgmma and shape.rows >= 128
     name = "read_project_wgmma" if large else "read_project"
     columns = 256 if large else 64 if number == "float" else 128
-    blocks = _ceil(shape.rows, columns) * _ceil(tokens, 128) * shape.layers
+    blocks = ceil(shape.rows, columns) * ceil(tokens, 128) * shape.layers
     yield _step("project", f"{name}<{number}, {number}>", card, tokens, blocks, 128, columns)
     if wgmma and shape.rank in (64, 128, 256):
         # As many clusters as run at once, in as few rounds as they can: as if no cluster were short of neighbours.
         name = f"read_resident<{number}, Cell {cell}>"
-        side, tiles = shape.rank // 64, _ceil(tokens, 128)
-        at_once = max(card.sms * _resources(name, card)[1] // side, 1)
-        blocks = _ceil(tiles, _ceil(tiles, at_once)) * side
+        side, tiles = shape.rank // 64, ceil(tokens, 128)
+        at_once = max(card.sms * resources(name, card)[1] // side, 1)
+        blocks = ceil(tiles, ceil(tiles, at_once)) * side
         yield _step("recur", name, card, tokens, blocks, 128, 64, resident=True, side_by_side=side)
     else:
-        yield _step("recur", f"read_recur<{number}, Cell {cell}>", card, tokens, _ceil(tokens, 64), 64, 64)
+        yield _step("recur", f"read_recur<{number}, Cell {cell}>", card, tokens, ceil(tokens, 64), 64, 64)
 
 
 def _cuda_backward(shape: Shape, card: Card, turns: list[int], number: str) -> Iterator[Step]:
@@ -199,26 +173,29 @@ def _cuda_backward(shape: Shape, card: Card, turns: list[int], number: str) -> I
         """The long product with this many columns: its kernel, columns of a tile, tiles, and parts of the tokens."""
         wide = card.cc == 90 and number != "float" and width >= 128
         columns = 256 if wide else 128
-        tiles = _ceil(shape.rows, 128) * _ceil(width, columns)
-        parts = max(min(_parts(tiles, card.sms), _ceil(turns[0] * shape.layers, 256)), 1)
+        tiles = ceil(shape.rows, 128) * ceil(width, columns)
+        parts = max(min(_parts(tiles, card.sms), ceil(turns[0] * shape.layers, 256)), 1)
         return f"{'read_outer_wgmma' if wide else 'read_outer'}<{number}, {number}>", columns, tiles, parts
 
     for tokens in turns:
-        yield _step("reverse", f"read_reverse<{number}, Cell {cell}>", card, tokens, _ceil(tokens, 64), 64, 128)
+        yield _step("reverse", f"read_reverse<{number}, Cell {cell}>", card, tokens, ceil(tokens, 64), 64, 128)
         for kernel, width in (("outer", shape.width), ("outer_state", shape.rank)):
             name, columns, tiles, parts = cut(width)
             yield _step(kernel, name, card, tokens, tiles * parts, 128, columns, splits=parts)
     for width in (shape.width, shape.rank):
-        blocks = _ceil(width, _THREADS) * _ceil(shape.rows, 16)
+        blocks = ceil(width, _THREADS) * ceil(shape.rows, 16)
         yield _step("reduce", f"read_finish<{number}>", card, shape.tokens, blocks, 16, width, splits=cut(width)[3])
         if width == shape.width:
-            yield _step("small", f"read_norm_grads<{number}>", card, shape.tokens, _ceil(width, _THREADS), 16, 1)
+            yield _step("small", f"read_norm_grads<{number}>", card, shape.tokens, ceil(width, _THREADS), 16, 1)
 
 
 def _parts(tiles: int, sms: int) -> int:
     """best_splits of csrc/cuda/read_backward.cu: more parts where they keep the SMs a tenth busier."""
-    best, least = 1, float(_ceil(tiles, sms))
+    best, least = 1, float(ceil(tiles, sms))
     for parts in range(2, 65):
-        if tiles * parts <= 4 * sms and _ceil(tiles * parts, sms) / parts < 0.9 * least:
-            best, least = parts, _ceil(tiles * parts, sms) / parts
+        if tiles * parts <= 4 * sms and ceil(tiles * parts, sms) / parts < 0.9 * least:
+            best, least = parts, ceil(tiles * parts, sms) / parts
     return best
+
+
+FAMILY = Family("read_recurrence", "docs/read.md", shapes, plan, read_model.predict, read_model.floor_seconds)

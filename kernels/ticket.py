@@ -9,6 +9,7 @@ in a CUDA graph.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -145,11 +146,10 @@ class Call:
             (config,) = self.choices("ticket_few")
             step, kernel, rows = config.blocks["BLOCK_STEP"], ticket_forward.multiply_few, 4
         else:
-            wanted = self.machine.multiprocessors * 3 // 4
             config = choose(
                 self.tall("ticket_multiply", side, self.regular(side, x), activation == "gelu"),
-                lambda blocks: side.groups * cdiv(side.own, blocks["BLOCK_M"]) * cdiv(tokens, blocks["BLOCK_N"]),
-                wanted,
+                functools.partial(_programs, side, tokens),
+                self.machine.multiprocessors * 3 // 4,
             )
             step, kernel, rows = config.blocks["BLOCK_K"], ticket_forward.multiply, config.blocks["BLOCK_N"]
         height = config.blocks["BLOCK_M"]
@@ -157,10 +157,16 @@ class Call:
         if tokens >= FEW:
             piece = constants["PIECE"]
             constants["EVEN"] = constants["WHOLE"] and step <= piece == side.other and side.own % height == 0
-        launch(
-            kernel, (side.groups * cdiv(side.own, height) * cdiv(tokens, rows),), config, x, self.values, self.index,
-            bias, y, z, tokens, *side.counts, *side.places, x.stride(0), width, out, **constants,
-        )  # fmt: skip
+        across = side.groups * cdiv(side.own, height)
+        # A grid has less than 2^31 programs: more tokens take several launches.
+        most = max(((1 << 31) - 1) // across, 1) * rows
+        for first in range(0, tokens, most):
+            part = slice(first, min(first + most, tokens))
+            launch(
+                kernel, (across * cdiv(part.stop - first, rows),), config, x[part], self.values, self.index, bias,
+                y[part], None if z is None else z[part], part.stop - first, *side.counts, *side.places, x.stride(0),
+                width, out, **constants,
+            )  # fmt: skip
 
     def derive(
         self, grad: Tensor, saved: Tensor | None, g: Tensor | None, dbias: Tensor | None, activation: str
@@ -169,7 +175,7 @@ class Call:
         (config,) = self.choices("ticket_derive")
         tokens, width = grad.shape
         step, across = config.blocks["BLOCK_N"], cdiv(width, config.blocks["BLOCK_M"])
-        parts, each = self.cut(tokens, step, across)
+        parts, each = _cut(tokens, step, _parts(across, self.machine.multiprocessors))
         sums = dbias
         if dbias is not None and parts > 1:
             sums = self.values.new_empty(parts, width, dtype=torch.float32)
@@ -179,12 +185,6 @@ class Call:
         )  # fmt: skip
         if sums is not dbias:
             self.add(sums, dbias)
-
-    def cut(self, tokens: int, step: int, programs: int, least: int = 1) -> tuple[int, int]:
-        """(parts, tokens of a part) of a sum over tokens; by sizes and the device alone, so that it repeats."""
-        parts = max(min(self.machine.multiprocessors * _ROUNDS // programs, cdiv(tokens, max(step, least))), 1)
-        each = cdiv(cdiv(tokens, parts), step) * step
-        return cdiv(tokens, each), each
 
     def add(self, parted: Tensor, to: Tensor) -> None:
         """The sum of parts in their order."""
@@ -203,10 +203,9 @@ class Call:
         programs = side.groups * cdiv(side.own, blocks["BLOCK_M"]) * max(constants["PIECE"] // blocks["BLOCK_N"], 1)
         # How many strips there are is on the device: what an even distribution of the blocks would make.
         living = programs * cdiv(cdiv(side.blocks, side.groups), joined)
-        limit = max(_launch.SCRATCH_LIMIT // (4 * dvalues.numel()), 1)
-        parts, each = self.cut(tokens, blocks["BLOCK_K"], living, _PART_TOKENS)
-        if parts > limit:
-            parts, each = self.cut(tokens, cdiv(tokens, limit * blocks["BLOCK_K"]) * blocks["BLOCK_K"], living)
+        room = max(_launch.SCRATCH_LIMIT // (4 * dvalues.numel()), 1)
+        most = min(_parts(living, self.machine.multiprocessors), cdiv(tokens, _PART_TOKENS), room)
+        parts, each = _cut(tokens, blocks["BLOCK_K"], most)
         to = dvalues if parts == 1 else dvalues.new_empty(parts, *dvalues.shape, dtype=torch.float32)
         launch(
             ticket_backward.outer_blocks, (programs * cdiv(side.others, joined), parts), config, own, other,
@@ -215,6 +214,33 @@ class Call:
         )  # fmt: skip
         if parts > 1:
             self.add(to, dvalues)
+
+
+def _programs(side: Side, tokens: int, blocks: dict[str, int]) -> int:
+    """The programs of a product with these tiles; none if they were half empty."""
+    tiles = cdiv(tokens, blocks["BLOCK_N"])
+    full = tiles * blocks["BLOCK_N"] <= 1.5 * tokens
+    return side.groups * cdiv(side.own, blocks["BLOCK_M"]) * tiles if full else 0
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(programs: int, multiprocessors: int) -> int:
+    """The parts that a sum over tokens is cut into: more only where multiprocessors are a tenth busier for it.
+
+    By sizes and the device alone, so that a sum has the same order each time.
+    """
+    best, least = 1, float(cdiv(programs, multiprocessors))
+    for parts in range(2, multiprocessors * _ROUNDS // programs + 1):
+        time = cdiv(programs * parts, multiprocessors) / parts
+        if time < 0.9 * least:
+            best, least = parts, time
+    return best
+
+
+def _cut(tokens: int, step: int, most: int) -> tuple[int, int]:
+    """(parts, tokens of a part), of which each but the last has as many, a multiple of ``step``."""
+    each = cdiv(cdiv(tokens, most), step) * step
+    return cdiv(tokens, each), each
 
 
 # What the ahead-of-time cases are made of, by a name: dtype, block, tokens, the activation, and what of y, x (its
@@ -226,6 +252,8 @@ _AOT_CALLS: dict[str, tuple[torch.dtype, tuple[int, int], int, str, str]] = {
     "many-64-bfloat16": (torch.bfloat16, (64, 64), 65536, "gelu", "yxv"),
     "many-128-bfloat16": (torch.bfloat16, (128, 128), 65536, "gelu", "yxv"),
     "plain-128-bfloat16": (torch.bfloat16, (128, 128), 65536, "none", "y"),
+    "thousands-128-bfloat16": (torch.bfloat16, (128, 128), 4096, "none", "x"),
+    "thousand-128-bfloat16": (torch.bfloat16, (128, 128), 1024, "none", "y"),
     "tens-16-bfloat16": (torch.bfloat16, (16, 16), 33, "gelu", "yx"),
     "tens-32-bfloat16": (torch.bfloat16, (32, 32), 33, "gelu", "yxv"),
     "tens-64-bfloat16": (torch.bfloat16, (64, 64), 33, "gelu", "yx"),

@@ -93,11 +93,14 @@ def outer_blocks(
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for n0 in range(start, stop, BLOCK_K):
             n = n0 + tl.arange(0, BLOCK_K)
-            live = (n < stop)[:, None]
-            row = n.to(tl.int64)[:, None]
-            left = tl.load(other + row * other_stride + place[None, :], mask=live & has_place[None, :], other=0.0)
-            right = tl.load(own + row * own_stride + column[None, :], mask=live & has_column[None, :], other=0.0)
-            acc = dot(tl.trans(left), right, acc)
+            live = n < stop
+            row = n.to(tl.int64)
+            # Transposed as it is loaded: only so it goes to shared memory by itself on every architecture.
+            pointers = other + (row * other_stride)[None, :] + place[:, None]
+            left = tl.load(pointers, mask=has_place[:, None] & live[None, :], other=0.0)
+            pointers = own + (row * own_stride)[:, None] + column[None, :]
+            right = tl.load(pointers, mask=live[:, None] & has_column[None, :], other=0.0)
+            acc = dot(left, right, acc)
         own_step: tl.constexpr = 1 if COLUMNS else OTHER
         pointers = to + part.to(tl.int64) * size + stored[:, None] + (m * own_step)[None, :]
         tl.store(pointers, acc.to(to.dtype.element_ty), mask=inside[:, None] & (m < OWN)[None, :])

@@ -24,13 +24,19 @@ def _both(n: int, m: int, k: int, num_warps: int, num_stages: int, few: int = 32
     return _tile("large", n, m, k, num_warps, num_stages), _tile("small", few, m, k, 4, 3)
 
 
+def _strips(m: int) -> dict[int, tuple[Config, ...]]:
+    """The longest strip that leaves room for its stages."""
+    long, short = _tile("strip", 256, m, 64, 8, 3), _tile("strip", 128, m, 64, 4, 3)
+    return {arch: (short if arch == 120 else long,) for arch in ARCHITECTURES}
+
+
 # 16-bit operands, tokens by own side by depth. Stages are what shared memory holds: 163 KB (80), 227 KB (90, 100),
 # 99 KB (120) a block.
 _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
     "ticket_multiply16": {
-        80: _both(128, 16, 64, 4, 3),
-        90: _both(128, 16, 64, 4, 4, 64),
-        100: _both(128, 16, 64, 4, 4, 64),
+        80: _both(256, 16, 64, 8, 3),
+        90: _both(256, 16, 64, 8, 3, 64),
+        100: _both(256, 16, 64, 8, 3, 64),
         120: _both(128, 16, 64, 4, 3),
     },
     "ticket_multiply32": {
@@ -47,7 +53,11 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
     },
     "ticket_multiply128": {
         80: _both(128, 128, 64, 8, 3),
-        90: _both(256, 128, 64, 8, 3, 64),
+        90: (
+            _tile("large", 256, 128, 64, 8, 3),
+            _tile("medium", 128, 128, 64, 8, 4),
+            _tile("small", 64, 128, 64, 4, 3),
+        ),
         100: _both(128, 128, 64, 8, 4, 64),
         120: _both(128, 128, 32, 8, 3),
     },
@@ -59,9 +69,9 @@ _HALF: dict[str, dict[int, tuple[Config, ...]]] = {
         120: _both(128, 128, 32, 8, 3),
     },
     # The other side's strip by the own side by tokens.
-    "ticket_outer16": dict.fromkeys(ARCHITECTURES, (_tile("strip", 128, 16, 64, 4, 3),)),
-    "ticket_outer32": dict.fromkeys(ARCHITECTURES, (_tile("strip", 128, 32, 64, 4, 3),)),
-    "ticket_outer64": dict.fromkeys(ARCHITECTURES, (_tile("strip", 128, 64, 64, 4, 3),)),
+    "ticket_outer16": _strips(16),
+    "ticket_outer32": _strips(32),
+    "ticket_outer64": _strips(64),
     "ticket_outer128": {
         80: (_tile("strip", 128, 128, 32, 8, 3),),
         90: (_tile("strip", 128, 128, 64, 8, 3),),
@@ -89,7 +99,7 @@ _ODD: dict[str, tuple[Config, ...]] = {
 
 # Kernels without a product of tiles; the dtype hardly matters.
 _SMALL: dict[str, Config] = {
-    "ticket_few": Config("rows", {"BLOCK_M": 16, "BLOCK_STEP": 128}, 4, 1),
+    "ticket_few": Config("rows", {"BLOCK_M": 8, "BLOCK_STEP": 256}, 4, 1),
     "ticket_derive": Config("columns", {"BLOCK_N": 32, "BLOCK_M": 64}, 4, 1),
     "ticket_add": Config("columns", {"BLOCK_M": 8, "BLOCK_N": 128}, 4, 1),
 }
@@ -100,6 +110,8 @@ _INTERPRETED: dict[str, tuple[Config, ...]] = {
     for height in HEIGHTS
 } | {
     "ticket_multiply128_gelu": (_tile("interpreter", 16, 128, 32, 1, 1),),
+    "ticket_few": (Config("interpreter", {"BLOCK_M": 64, "BLOCK_STEP": 32}, 1, 1),),
+    "ticket_derive": (Config("interpreter", {"BLOCK_N": 32, "BLOCK_M": 64}, 1, 1),),
     "ticket_add": (Config("interpreter", {"BLOCK_M": 8, "BLOCK_N": 4096}, 1, 1),),
 }
 

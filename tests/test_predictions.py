@@ -1,4 +1,5 @@
-"""The model of the GPU kernels: amounts by hand, units, the floor below every prediction, and where predictions go."""
+"""The model of the GPU kernels, and READ's: amounts by hand, units, the floor below every prediction, and where
+predictions go."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import math
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import gpus, model, predictions, read_model, read_plan, report
+from benchmarks import gpus, model, plans, predictions, read_model, read_plan, report
 from benchmarks.gpus import CARDS
 from benchmarks.model import Work
 from benchmarks.read_model import Builder, Shape, Step
@@ -19,12 +20,12 @@ H200 = CARDS["h200"]
 PRODUCT = Work("k", 132, 1, tensor_flops=1e12, instruction=gpus.WGMMA)
 
 
-def plans(shape, card):
+def plans_of(shape, card):
     """The plans that this machine can make: Triton's need Triton."""
     for backend in predictions.BACKENDS:
         try:
             yield backend, read_plan.plan(backend, shape, card)
-        except read_plan.NoPlan:
+        except plans.NoPlan:
             if backend == "cuda":
                 raise
 
@@ -137,7 +138,7 @@ def test_float32_is_multiplied_by_multiply_adds():
 
 SHAPES = [
     Shape(tokens, cell, dtype, training)
-    for tokens in (1, 63, *predictions.TOKENS)
+    for tokens in (1, 63, *read_plan.TOKENS)
     for cell in read_model.GATES
     for dtype in read_model.SIZES
     for training in (False, True)
@@ -147,7 +148,7 @@ SHAPES = [
 @pytest.mark.parametrize("card", CARDS.values(), ids=list(CARDS))
 def test_no_prediction_is_below_the_floor(card):
     for shape in SHAPES:
-        for backend, plan in plans(shape, card):
+        for backend, plan in plans_of(shape, card):
             found = read_model.predict(shape, plan, card)
             assert model.total(found) > read_model.floor_seconds(shape, card), (backend, shape)
             assert all(math.isfinite(p.seconds) and p.seconds > 0 for p in found)
@@ -159,7 +160,7 @@ def test_launches_do_at_least_the_floors_arithmetic(card):
 
     for shape in SHAPES:
         flops, _ = work(shape.tokens, shape.cell, shape.s, shape.training, shape.layers, shape.width, shape.rank)
-        for backend, plan in plans(shape, card):
+        for backend, plan in plans_of(shape, card):
             found = read_model.works(shape, plan, card)
             assert sum(w.tensor_flops + w.fma_flops for w in found) >= flops, (backend, shape)
 
@@ -169,8 +170,8 @@ def test_more_tokens_take_longer_with_the_same_tiles(card):
     compared = 0
     for less in SHAPES:
         more = dataclasses.replace(less, tokens=2 * less.tokens)
-        larger = dict(plans(more, card))
-        for backend, small in plans(less, card):
+        larger = dict(plans_of(more, card))
+        for backend, small in plans_of(less, card):
             large = larger[backend]
             if [(s.kernel, s.rows, s.columns) for s in small] == [(s.kernel, s.rows, s.columns) for s in large]:
                 times = [model.total(read_model.predict(s, p, card)) for s, p in ((less, small), (more, large))]
@@ -181,17 +182,17 @@ def test_more_tokens_take_longer_with_the_same_tiles(card):
 
 def test_training_is_a_forward_and_more():
     for shape in SHAPES:
-        for _, plan in plans(dataclasses.replace(shape, training=True), H200):
+        for _, plan in plans_of(dataclasses.replace(shape, training=True), H200):
             kernels = [step.kernel for step in plan]
             forward = "fused" if "fused" in kernels else "recur"
             assert kernels.index(forward) < kernels.index("reverse") < kernels.index("outer") < kernels.index("reduce")
-        for _, plan in plans(dataclasses.replace(shape, training=False), H200):
+        for _, plan in plans_of(dataclasses.replace(shape, training=False), H200):
             assert {step.kernel for step in plan} <= {"fold", "statistics", "project", "recur", "fused"}
 
 
 def test_without_resources_there_is_no_prediction(monkeypatch):
-    monkeypatch.setattr(read_plan, "RESOURCES", {})
-    row = predictions.row(Shape(512, "gru", "bfloat16"), H200)
+    monkeypatch.setattr(plans, "RESOURCES", {})
+    row = predictions.row(read_plan.FAMILY, Shape(512, "gru", "bfloat16"), H200)
     assert row.kernels == {}
     assert set(row.absent) == {"triton", "cuda"}
     assert "the resource table has no" in row.absent["cuda"]

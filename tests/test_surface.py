@@ -35,7 +35,7 @@ PROMISED = {
     "pyeff.nn": ("ReadAdapter", "TicketLinear"),
     "pyeff.recipes": ("read", "ticket"),
     "pyeff.recipes.read": ("attach",),
-    "pyeff.recipes.ticket": ("prune",),
+    "pyeff.recipes.ticket": ("prune", "project", "regroup", "sparsify", "fuse_qkv", "save", "load"),
 }
 
 

@@ -1,19 +1,26 @@
 """The experiment on accuracy against density, on a tiny encoder and text of its own."""
 
+import dataclasses
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.experiments.ticket_density import __main__ as program
-from benchmarks.experiments.ticket_density import methods, report, store, train
+from benchmarks.experiments.ticket_density import methods, report, store, times, train
 from benchmarks.experiments.ticket_density.methods import Job
 from pyeff.demo import data, variants
 from pyeff.demo import train as demo_train
 from tests.test_demo import library
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "ticket_density.json"
 METHODS = ("imp", "imp-8", "project-8", "oneshot-8", "random-8", "imp-8-scaled")
 SIZE = {"steps": 3, "batch": 4, "max_length": 12, "warmup": 1, "round": 0.25, "dtype": "float32"}
 
@@ -264,7 +271,8 @@ def test_times_tables_and_picture(finished, tmp_path, corpus, monkeypatch, capsy
     page.write_text("a\n\n<!-- ticket-density:accuracy -->\n<!-- /ticket-density -->\n\nb\n\n"
                     "<!-- ticket-density:speed -->\nold\n<!-- /ticket-density -->\n")  # fmt: skip
     line = [argument for argument in command(tmp_path / "run") if argument != "--no-times"]
-    line += ["--only-times", "--time-methods", "imp-8", "--repeats", "2", "--into", str(page)]
+    line += ["--only-times", "--time-methods", "imp-8", "--time-dtypes", "float32", "--repeats", "2"]
+    line += ["--into", str(page)]
     assert program.main(line, corpus=corpus) == 0
     found = store.load(tmp_path / "run" / "found.json")
     assert [check["job"] for check in found["checks"]] == ["imp-8-0.5-seed0"]
@@ -290,6 +298,48 @@ def test_times_tables_and_picture(finished, tmp_path, corpus, monkeypatch, capsy
     page.write_text("nothing here")
     assert program.main([*line, "--only-report"], corpus=corpus) == 1
     assert "has no place for a table" in " ".join(capsys.readouterr().out.split())
+
+
+def test_peak_of_a_process_of_its_own(bench, tmp_path, monkeypatch):
+    """The other process's part is played in this one, with the tiny encoder."""
+    job, masks = Job("random-8", 0.5, 0), masks_of(bench, "random-8")
+    settings = dataclasses.replace(bench.settings, classes=3)
+
+    def run(command, env, **options):
+        module = command[command.index("-m") + 1]
+        assert importlib.util.find_spec(module).origin == times.__file__
+        assert Path(env["PYTHONPATH"].split(os.pathsep)[0], *module.split(".")).with_suffix(".py").exists()
+        try:
+            return subprocess.CompletedProcess(command, 0, f"something else\n{times.answer(command[-1])}\n", "")
+        except KeyError as error:
+            return subprocess.CompletedProcess(command, 1, "", f"Traceback\nKeyError: {error}\n")
+
+    monkeypatch.setattr(times.subprocess, "run", run)
+    assert times.peak(settings, job, masks, "float32", tmp_path) > 0
+    with pytest.raises(RuntimeError, match=r"measuring the memory of random-8-0\.5-seed0 failed: .*float7"):
+        times.peak(settings, job, masks, "float7", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_are_those_of_the_committed_result(tmp_path):
+    filled = 0
+    for page in (ROOT / "docs").glob("*.md"):
+        copy = tmp_path / page.name
+        copy.write_text(page.read_text())
+        filled += report.write_into(store.load(RESULT), copy)
+        assert copy.read_text() == page.read_text(), f"--only-report --out {RESULT} --into {page}"
+    assert filled
+
+
+def test_the_committed_result_is_whole():
+    found = store.load(RESULT)
+    assert (ROOT / "docs" / "figures" / "ticket_density.png").exists()
+    assert {"imp", "imp-32-scaled", "imp-16-scaled", "imp-8-scaled"} <= {row["method"] for row in found["trainings"]}
+    for row in found["trainings"]:
+        assert row["texts"] == found["corpus"]["test"]
+        assert row["right"] == sum(train.from_hex(row["answers"], row["texts"]))
+    assert all(check["gap"] <= check["allowed"] for check in found["checks"])
+    assert found["checks"]
 
 
 def test_what_is_marked_as_worse_than_dense():

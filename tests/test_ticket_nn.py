@@ -290,6 +290,8 @@ def test_compiles_whole(backend):
         assert_close(compiled(x), layer(x), 29)
         got, expected = (torch.autograd.grad(f(x).sum(), layer.values)[0] for f in (compiled, layer))
         assert_close(got, expected, tokens)
+    layer.set_ticket(ticket_for(share=0.3, seed=4))
+    assert_close(compiled(x), layer(x), 29)
 
 
 def test_stack_and_unstack():

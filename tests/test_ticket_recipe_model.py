@@ -82,6 +82,68 @@ def test_parts_of_a_fused_attention_may_be_asked_in_any_order():
         torch.testing.assert_close(getattr(attention, name)(given), parts[name](given), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_activation_checkpointing(fused):
+    model = pruned().train()
+    expected = gradients(model)
+    if fused:
+        ticket.fuse_qkv(model)
+        ticket.fuse_activations(model)
+    # transformers 5 has a new name for it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    found = gradients(model)
+    if fused:
+        ticket.split_qkv(model)
+        assert found["bert.pooler.dense.bias"] is not None
+        expected = {name: grad for name, grad in expected.items() if "attention.self" not in name}
+    assert expected.keys() <= found.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_fused_activations_are_the_same_and_come_apart_again(kind):
+    model = pruned(kind)
+    before, names = model(**inputs()).logits, list(model.state_dict())
+    original = [m.intermediate_act_fn for m in model.modules() if hasattr(m, "intermediate_act_fn")]
+    paths = ticket.fuse_activations(model)
+    assert [path.rpartition(".")[0].rpartition(".")[2] for path in paths] == ["intermediate"] * 2
+    assert model.get_submodule(paths[0]).activation == "gelu"
+    torch.testing.assert_close(model(**inputs()).logits, before, rtol=1e-5, atol=1e-6)
+    twin = copy.deepcopy(model)
+    assert ticket.fuse_activations(model) == []
+    for other in (model, twin):
+        assert ticket.split_activations(other) == paths
+        assert list(other.state_dict()) == names
+        torch.testing.assert_close(other(**inputs()).logits, before, rtol=1e-5, atol=1e-6)
+    assert [m.intermediate_act_fn for m in model.modules() if hasattr(m, "intermediate_act_fn")] == original
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_activations_of_torchs_own_layers(activation):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, activation, batch_first=True), 2)
+    ticket.prune(model, density=0.5, block=8)
+    x = torch.randn(2, 5, 16)
+    before, functions = model(x), [layer.activation for layer in model.layers]
+    assert ticket.fuse_activations(model) == ["layers.0.linear1", "layers.1.linear1"]
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
+    assert len(ticket.split_activations(model)) == 2
+    assert [layer.activation for layer in model.layers] == functions
+    with torch.no_grad():  # what it does without gradients, by the weights
+        torch.testing.assert_close(model.eval()(x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_other_activations_stay():
+    model = nn.Sequential(
+        nn.Linear(16, 16), nn.GELU("tanh"), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.SiLU()
+    )
+    ticket.prune(model, density=0.5, block=8)
+    assert ticket.fuse_activations(model, only=["0"]) == []
+    assert ticket.fuse_activations(model) == ["2"]
+
+
 def test_attentions_that_cannot_be_fused_stay():
     model = pruned(block=32)  # query, key and value of one block each
     assert len(ticket.fuse_qkv(model)) == 2
@@ -102,6 +164,7 @@ def test_files(tmp_path, fused):
     model = pruned()
     if fused:
         ticket.fuse_qkv(model)
+        ticket.fuse_activations(model)
     path = tmp_path / "model.safetensors"
     ticket.save(model, path)
     fresh, other = classifier("bert"), pruned(density=0.2, block=16)
@@ -191,6 +254,34 @@ def test_masks_change_under_an_optimizer():
     assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
 
 
+def test_gradual_pruning_of_a_training():
+    model, x = mlp(), torch.randn(6, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    gradual = ticket.Gradual(model, optimizer, density=0.2, begin=1, end=7, every=3, block=8)
+    densities = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if gradual.step():
+            found = ticket.tickets(model).values()
+            densities.append(sum(t.mask().sum().item() for t in found) / sum(t.mask().numel() for t in found))
+        assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+    shares = [1 - (1 - (i + 1) / 3) ** 3 for i in range(3)]
+    assert densities == pytest.approx([1 - 0.8 * share for share in shares], abs=0.03)
+    again = ticket.Gradual(model, [optimizer], density=0.2, end=5, block=8)
+    again.load_state_dict(gradual.state_dict())
+    assert again.steps == 10
+    for options, message in [
+        ({"end": -1}, "end is -1, expected an integer of at least 0"),
+        ({"end": 5, "every": 0}, "every is 0, expected an integer of at least 1"),
+        ({"end": 5, "schedule": "one_shot"}, "schedule is 'one_shot', expected 'cubic' or 'imp'"),
+        ({"end": 5, "block": 0}, "block is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ticket.Gradual(model, optimizer, **options)
+
+
 def test_blocks_that_live_again_take_given_weights():
     model = mlp()
     ticket.prune(model, density=0.3, block=8)
@@ -275,7 +366,7 @@ def test_bad_calls_of_sparsify():
     for options, message in [
         ({}, "neither density nor tickets were given"),
         ({"density": 0.5, "tickets": {"0": given}}, "density and tickets were both given"),
-        ({"density": 0.5, "mode": "speed"}, "mode is 'speed', expected one of 'inference', 'training'"),
+        ({"density": 0.5, "mode": "speed"}, "mode is 'speed', expected one of 'inference', 'training', 'all'"),
         ({"density": -1}, "density is -1"),
     ]:
         with pytest.raises(ValueError, match=message):

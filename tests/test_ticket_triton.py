@@ -118,7 +118,8 @@ CASES = {
     "joined_cut": ((50, 37), (8, 16), 0.5),
     "one": ((96, 64), (32, 32), 0.6),
     "several": ((128, 192), (64, 64), 0.7),
-    "large": ((300, 150), (256, 128), 0.9),
+    "large": ((150, 270), (128, 256), 0.9),
+    "larger": ((270, 40), (256, 32), 0.9),
     "no_power": ((72, 100), (24, 40), 0.6),
     "odd": ((23, 31), (5, 3), 0.4),
     "single": ((7, 9), (1, 1), 0.3),
@@ -142,7 +143,7 @@ def test_output_and_gradients(kernels, case, dtype):
 @dtypes
 def test_sums_over_tokens_in_parts(kernels, monkeypatch, dtype):
     """Gradients of blocks and bias are cut where there are many tokens; where scratch is short, less."""
-    call = make_call((24, 24), 8, 0.4, lead=(530,), dtype=dtype, activation="gelu", holes=False)
+    call = make_call((24, 24), 8, 0.4, lead=(270,), dtype=dtype, activation="gelu", holes=False)
     found = check_call(call, call.tensors, function=Guarded(kernels))
     count = counted(kernels, call)
     assert count["add_parts"] == 2
@@ -193,9 +194,9 @@ def test_only_what_is_wanted(kernels, activation):
 
 
 @dtypes
-@pytest.mark.parametrize("tokens", [3, 270])
+@pytest.mark.parametrize("tokens", [3, 260])
 def test_repeats_are_bitwise_equal(kernels, tokens, dtype):
-    call = make_call((48, 64), 16, lead=(tokens,), dtype=dtype, activation="gelu")
+    call = make_call((32, 32), 16, lead=(tokens,), dtype=dtype, activation="gelu", holes=False)
     grad_out = random_grad(call)
     first, again = (helpers.gradients(call, call.tensors, grad_out, Guarded(kernels)) for _ in range(2))
     for name in first:
@@ -296,8 +297,25 @@ def test_tiles_are_those_of_the_block(kernels):
         (forward,), backward = launches(kernels, 8192, **odd)
         assert forward.config.name.endswith("/odd")
         assert any(launch.config.name == "ticket_outer32/odd" for launch in backward)
+    # No tile is half empty, and few rows of blocks take lower tiles of tokens.
+    for tokens, block, rows in ((8192, 128, 256), (1024, 128, 128), (16, 128, 64), (128, 16, 64), (8192, 16, 256)):
+        (forward,), _ = launches(kernels, tokens, block, activation="none")
+        assert forward.constants["BLOCK_N"] == rows, (tokens, block)
     (few,), _ = launches(kernels, 15)
     assert few.config.name == "ticket_few/rows"
+    assert few.grid == (96 * (32 // few.constants["BLOCK_M"]) * 4,)
+
+
+def test_more_programs_than_a_grid_has(kernels):
+    """Tokens then come in turns, of whole tiles."""
+    found, _ = launches(kernels, 1 << 20, 4, shape=(1 << 22, 8))
+    rows = found[0].constants["BLOCK_N"]
+    assert len(found) > 1
+    assert all(launch.grid[0] < 1 << 31 for launch in found)
+    counts = [launch.args[6] for launch in found]
+    assert sum(counts) == 1 << 20
+    assert all(count % rows == 0 for count in counts[:-1])
+    assert [launch.args[0].shape[0] for launch in found] == counts
 
 
 def test_every_block_has_its_strip(kernels):

@@ -36,19 +36,34 @@ def inputs():
     return {"input_ids": ids, "attention_mask": mask}
 
 
+KINDS = ("distilbert", "electra", "albert", "mpnet", "bart", "opt", "vit", "t5", "llama")
+_NAMES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
 def build(kind):
-    """A tiny model of another kind, and named arguments for it."""
-    transformers = pytest.importorskip("transformers")
+    """A tiny model of another kind in evaluation mode, and named arguments for it."""
+    t = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    ids = inputs()["input_ids"]
-    if kind == "gpt-like":
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        config = transformers.LlamaConfig(**{n: SIZES[n] for n in names}, num_key_value_heads=2)
-        return transformers.LlamaForCausalLM(config).eval(), {"input_ids": ids}
-    if kind == "t5":
-        config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-        return transformers.T5ForConditionalGeneration(config).eval(), {"input_ids": ids, "decoder_input_ids": ids}
-    config = transformers.ViTConfig(
-        **{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=16, patch_size=4
-    )
-    return transformers.ViTModel(config).eval(), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    sizes, ids = {name: SIZES[name] for name in _NAMES}, inputs()["input_ids"]
+    image = {name: size for name, size in sizes.items() if name != "vocab_size"} | {"image_size": 16, "patch_size": 4}
+    halves = {f"{half}_{name}": size for half in ("encoder", "decoder")
+              for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    model = {
+        "distilbert": lambda: t.DistilBertModel(
+            t.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+        ),
+        "electra": lambda: t.ElectraModel(t.ElectraConfig(**sizes, embedding_size=16)),
+        "albert": lambda: t.AlbertModel(t.AlbertConfig(**sizes, embedding_size=16, hidden_act="gelu")),
+        "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**sizes)),
+        "bart": lambda: t.BartModel(t.BartConfig(vocab_size=64, d_model=32, **halves)),
+        "opt": lambda: t.OPTModel(
+            t.OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
+                        word_embed_proj_dim=32)
+        ),
+        "vit": lambda: t.ViTModel(t.ViTConfig(**image)),
+        "t5": lambda: t.T5Model(t.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)),
+        "llama": lambda: t.LlamaModel(t.LlamaConfig(**sizes, num_key_value_heads=2)),
+    }[kind]()  # fmt: skip
+    if kind == "vit":
+        return model.eval(), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    return model.eval(), {"input_ids": ids} | ({"decoder_input_ids": ids} if kind == "t5" else {})

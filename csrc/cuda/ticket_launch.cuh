@@ -67,11 +67,11 @@ template <class T, bool Transposed, int N>
 bool run_ticket_resident(const TicketProductParams& p, const Machine& machine, Launches& launches) {
   using Sizes = TicketResident<N>;
   const int groups = Sizes::groups(p.width, kSharedHopper);
-  if (p.columns > N || groups < 2) return false;
+  if (p.columns > N || groups == 0) return false;
   const int64_t tiles = div_up(p.tokens, int64_t{Sizes::kTokens}), most = p.side.lines / groups;
   int64_t shares = best_splits(tiles, machine.processors);
   if (shares > most) shares = most > 0 ? most : 1;
-  launches.run("ticket_resident", ticket_resident<T, Transposed, N>, {tiles, shares}, groups * kWarpgroup,
+  launches.run("ticket_resident", ticket_resident<T, Transposed, N>, {tiles, shares}, groups * Sizes::kGroup,
                Sizes::shared(p.width, groups), p);
   return true;
 }
@@ -82,6 +82,7 @@ void run_ticket_tiles(TicketProductParams p, const Machine& machine, Launches& l
     if (machine.wgmma && p.tokens >= kTicketManyTokens && p.depth % 16 == 0 && p.rows_aligned && p.values_aligned) {
       if (run_ticket_resident<T, Transposed, 16>(p, machine, launches)) return;
       if (run_ticket_resident<T, Transposed, 32>(p, machine, launches)) return;
+      if (run_ticket_resident<T, Transposed, 64>(p, machine, launches)) return;
     }
   }
   constexpr int kNarrow = sizeof(T) == 2 ? 64 : 32;

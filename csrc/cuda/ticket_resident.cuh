@@ -7,25 +7,28 @@
 
 namespace pyeff::gpu {
 
-// N: columns of a line, 16 or 32.
+// N: columns of a line, 16, 32 or 64. A group is a warpgroup that has all tokens; with 64 columns it is two, each with
+// half of the tokens, because there is no room for two rings.
 template <int N>
 struct TicketResident {
-  static constexpr int kTokens = 128, kStages = 4, kMostGroups = 4, kThreads = kMostGroups * kWarpgroup;
+  static constexpr int kTokens = 128, kStages = 4, kGroup = N > 32 ? 2 * kWarpgroup : kWarpgroup;
+  static constexpr int kTiles = kTokens / 64 / (kGroup / kWarpgroup);  // of 64 tokens, for each warpgroup
+  static constexpr int kThreads = 512, kMostGroups = kThreads / kGroup, kLeastGroups = 256 / kGroup;
   static constexpr int kPanel = kTokens * kRowBytes;  // of 64 columns of the rows
   static constexpr int kStage = N * kRowBytes;        // 64 steps of the depth, either way round
-  // Behind the panels the stages of each warpgroup; then, for each, where the rows are multiplied: four places a stage.
+  // Behind the panels the stages of each group; then, for each, where the rows are multiplied: four places a stage.
   static constexpr int kRing = kStages * kStage, kPlaces = kStages * 4 * static_cast<int>(sizeof(int32_t));
   static constexpr int panels(int64_t width) { return static_cast<int>((width + 63) / 64); }
   static constexpr int shared(int64_t width, int groups) { return panels(width) * kPanel + groups * (kRing + kPlaces); }
-  // Warpgroups that there is room for; two at least are worth it.
+  // Groups that there is room for; 0 where they are too few to be worth it.
   static constexpr int groups(int64_t width, int most_bytes) {
     int groups = kMostGroups;
     while (groups > 0 && (panels(width) > 64 || shared(width, groups) > most_bytes)) --groups;
-    return groups;
+    return groups < kLeastGroups ? 0 : groups;
   }
 };
 
-// A walk over the stages of all lines that a warpgroup takes, line after line.
+// A walk over the stages of all lines that a group takes, line after line.
 struct TicketWalk {
   TicketLine line;
   int rank, step, at, stage = 0, stages = 0;
@@ -64,9 +67,10 @@ class TicketResidentGroup {
         rows_(shared_memory()),
         own_(own),
         ring_(rows_ + Sizes::panels(p.width) * Sizes::kPanel + own * Sizes::kRing),
-        places_(rows_ + Sizes::panels(p.width) * Sizes::kPanel + block_size() / kWarpgroup * Sizes::kRing +
+        places_(rows_ + Sizes::panels(p.width) * Sizes::kPanel + block_size() / Sizes::kGroup * Sizes::kRing +
                 own * Sizes::kPlaces),
-        thread_(thread_index() % kWarpgroup) {}
+        thread_(thread_index() % Sizes::kGroup),
+        first_(Sizes::kTiles == 1 ? shuffle(warp() / 4, 0) % 2 * 64 : 0) {}
 
   PYEFF_DEVICE void run(int first, int step) {
     TicketWalk ahead(p_, first, step), now = ahead;
@@ -76,7 +80,7 @@ class TicketResidentGroup {
       copy_async_wait<Sizes::kStages - 2>();
       async_proxy_fence();
       wgmma_wait<0>();
-      named_barrier(1 + own_, kWarpgroup);
+      named_barrier(1 + own_, Sizes::kGroup);
       multiply_stage(now, i % Sizes::kStages);
       fill(ahead, i + Sizes::kStages - 1);
       if (now.last()) finish(now);
@@ -113,8 +117,8 @@ class TicketResidentGroup {
     const T* values = static_cast<const T*>(p_.values);
     const T* from = values + at.slot * p_.columns * p_.depth + at.inner;
     PYEFF_UNROLL
-    for (int i = 0; i < N / 16; ++i) {
-      const int row = thread_ / 8 + 16 * i;
+    for (int i = 0; i < N / (Sizes::kGroup / 8); ++i) {
+      const int row = thread_ / 8 + Sizes::kGroup / 8 * i;
       const bool there = row < p_.columns && at.left > 0;
       const T* source = from + row * p_.depth;
       if (at.left <= 0 || at.left >= 8) {
@@ -131,8 +135,8 @@ class TicketResidentGroup {
     constexpr int kAcross = N / 8;
     const T* values = static_cast<const T*>(p_.values);
     PYEFF_UNROLL
-    for (int i = 0; i < 64 * kAcross / kWarpgroup; ++i) {
-      const int item = thread_ + i * kWarpgroup, row = item / kAcross, chunk = item % kAcross;
+    for (int i = 0; i < 64 * kAcross / Sizes::kGroup; ++i) {
+      const int item = thread_ + i * Sizes::kGroup, row = item / kAcross, chunk = item % kAcross;
       const TicketStep at(p_.side, line, k + row, p_.depth, p_.width);
       const bool there = at.left > 0 && chunk * 8 < p_.columns;
       copy_async16(panel + row * (N * 2) + ((chunk ^ (row % 8 / (64 / N))) << 4),
@@ -143,27 +147,31 @@ class TicketResidentGroup {
   PYEFF_DEVICE void multiply_stage(const TicketWalk& walk, int slot) {
     constexpr int kRow = Transposed ? N * 2 : kRowBytes, kStep = Transposed ? 16 * kRow : 32;
     const int left = walk.line.count * p_.depth - walk.stage * 64, steps = left < 64 ? left / 16 : 4;
-    wgmma_pin(sums_[0]);
-    wgmma_pin(sums_[1]);
+    pin();
     wgmma_fence();
     PYEFF_NO_UNROLL
     for (int s = 0; s < steps; ++s) {
       const int at = load_shared(places(slot) + s);
       // Past the end of the rows: there is nothing to multiply zeros with.
       if (at < 0) continue;
-      const char* rows = rows_ + at / 64 * Sizes::kPanel + at % 64 * 2;
+      const char* rows = rows_ + at / 64 * Sizes::kPanel + first_ * kRowBytes + at % 64 * 2;
       const uint64_t b = wgmma_descriptor(stage(slot) + s * kStep, 16, 8 * kRow, kRow);
-      wgmma<T, N, Transposed>(sums_[0], wgmma_descriptor(rows, 16, 8 * kRowBytes), b, true);
-      wgmma<T, N, Transposed>(sums_[1], wgmma_descriptor(rows + 64 * kRowBytes, 16, 8 * kRowBytes), b, true);
+      PYEFF_UNROLL
+      for (int m = 0; m < Sizes::kTiles; ++m)
+        wgmma<T, N, Transposed>(sums_[m], wgmma_descriptor(rows + m * 64 * kRowBytes, 16, 8 * kRowBytes), b, true);
     }
     wgmma_commit();
+  }
+
+  PYEFF_DEVICE void pin() {
+    PYEFF_UNROLL
+    for (int m = 0; m < Sizes::kTiles; ++m) wgmma_pin(sums_[m]);
   }
 
   // The outputs of a line.
   PYEFF_DEVICE void finish(const TicketWalk& walk) {
     wgmma_wait<0>();
-    wgmma_pin(sums_[0]);
-    wgmma_pin(sums_[1]);
+    pin();
     const int at0 = walk.at * p_.columns;
     const int most = p_.columns < p_.across - at0 ? p_.columns : p_.across - at0;
     PYEFF_UNROLL
@@ -172,9 +180,9 @@ class TicketResidentGroup {
       float bias[2] = {0.0f, 0.0f};
       if (p_.bias) load_two(bias, static_cast<const T*>(p_.bias) + at0 + column, most - column, false);
       PYEFF_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 2 * Sizes::kTiles; ++i) {
         float* pair = sums_[i / 2] + j * 4 + i % 2 * 2;
-        const int64_t token = token0_ + i / 2 * 64 + warp() % 4 * 16 + i % 2 * 8 + lane() / 4;
+        const int64_t token = token0_ + first_ + i / 2 * 64 + warp() % 4 * 16 + i % 2 * 8 + lane() / 4;
         const float low = pair[0] + bias[0], high = pair[1] + bias[1];
         pair[0] = pair[1] = 0.0f;
         if (token >= p_.tokens || column >= most) continue;
@@ -193,7 +201,8 @@ class TicketResidentGroup {
   const int own_;
   char *const ring_, *const places_;
   const int thread_;
-  float sums_[2][N / 2] = {};
+  const int first_;  // token of the tile that this warpgroup begins with
+  float sums_[Sizes::kTiles][N / 2] = {};
 };
 
 // A tile of tokens (x) and a share of the lines (y) for each block.
@@ -221,7 +230,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(TicketResident<N>::kThreads, 1)
     copy_async_wait<0>();
     async_proxy_fence();
     barrier();
-    const int groups = block_size() / kWarpgroup, own = shuffle(warp() / 4, 0);
+    const int groups = block_size() / Sizes::kGroup, own = shuffle(thread_index() / Sizes::kGroup, 0);
     TicketResidentGroup<T, Transposed, N>(p, token0, own).run(block_index_y() * groups + own, grid_size_y() * groups);
   } else {
     trap();

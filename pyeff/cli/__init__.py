@@ -1,4 +1,4 @@
-"""The command line: ``pyeff info``, ``pyeff bench``, ``pyeff demo``.
+"""The command line: ``pyeff info``, ``pyeff bench``, ``pyeff demo``, ``pyeff prune``.
 
 A command is the function of a module's own name in this package. What is heavy (transformers, matplotlib) is
 imported by the function when it runs, so that ``pyeff --help`` waits for torch alone.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("info", "bench", "demo")
+COMMANDS = ("info", "bench", "demo", "prune")
 
 
 def build() -> typer.Typer:

@@ -29,7 +29,7 @@ def bench(
     table: Annotated[bool, typer.Option("--table/--no-table", help="Print the table.")] = True,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     into: Annotated[Optional[Path], typer.Option(help="Fill the marked places of this Markdown file.")] = None,  # noqa: UP045
-    predict: Annotated[Optional[str], typer.Option(help="Predict READ's GPU kernels on this card.")] = None,  # noqa: UP045
+    predict: Annotated[Optional[str], typer.Option(help="Predict the GPU kernels on this card.")] = None,  # noqa: UP045
 ) -> None:
     """Times the fused operations against eager, compiled and everything else that is installed."""
     if predict:
@@ -100,9 +100,7 @@ def _predict(
     """Shows what the model says; it is kept apart from results in every way."""
     predictions = module("predictions")
     try:
-        if op not in (None, "read", predictions.OP):
-            raise ValueError(f"there are no predictions for {op!r}, only for read")
-        found = predictions.rows(predictions.card(card), match)
+        found = predictions.rows(predictions.card(card), match, op)
         if not found:
             raise ValueError(f"no case has all of {match!r}")
         if json:

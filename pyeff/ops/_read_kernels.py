@@ -95,6 +95,7 @@ def backward(
 
 
 def _native(backend: str):
+    backends.load_library()  # a graph of another process calls this before anything has chosen a backend
     return torch.ops.pyeff_cuda if backend == "cuda" else torch.ops.pyeff_cpu
 
 

@@ -12,6 +12,7 @@ from pyeff.nn import TicketLinear
 from pyeff.nn._ticket_fused import Projection, unstack
 from pyeff.plans import Ticket
 from pyeff.recipes import _files
+from pyeff.recipes._ticket_activations import applied, fuse_activations, split_activations
 from pyeff.recipes._ticket_install import install
 from pyeff.recipes._ticket_qkv import CHILD, fuse_qkv, split_qkv
 from pyeff.recipes._ticket_targets import replace
@@ -94,6 +95,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     if not layers:
         raise ValueError(f"save: the {type(model).__name__} has no ticket, expected a pruned model")
     config: dict[str, Any] = {"recipe": "ticket", "version": _VERSION, "fused": sorted(fused), "layers": {}}
+    config["activations"] = sorted(where for where, *_ in applied(model))
     for name, layer in layers.items():
         config["layers"][name] = {
             "shape": [layer.out_features, layer.in_features],
@@ -137,15 +139,18 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     found = _tickets(config, state, where)
     _check(model, state, found, where)
     split_qkv(model)
-    layers = dict(model.named_modules())
-    for name, layer in layers.items():
-        if isinstance(layer, TicketLinear) and name not in found:
-            replace(model, layer, layer.to_linear())
+    split_activations(model)
+    for name, module in dict(model.named_modules()).items():
+        if isinstance(module, TicketLinear) and name not in found:
+            replace(model, module, module.to_linear())
     install(model, found)
     for name in found:
-        model.get_submodule(name).activation = config["layers"][name]["activation"]
+        own = None if name in config["activations"] else config["layers"][name]["activation"]
+        layer: Any = model.get_submodule(name)
+        layer.activation = own
     model.load_state_dict(state)
     fuse_qkv(model, config["fused"])
+    fuse_activations(model, config["activations"])
     return model
 
 
@@ -157,7 +162,9 @@ def _tickets(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str)
             expected = [found[name].nnz, *found[name].block]
             if list(state[f"{name}.values"].shape) != expected:
                 raise ValueError(f"{name}.values has shape {list(state[f'{name}.values'].shape)}, expected {expected}")
-            if layer["activation"] not in (None, "relu", "gelu") or not isinstance(config["fused"], list):
+            if layer["activation"] not in (None, "relu", "gelu") or not all(
+                isinstance(config[key], list) for key in ("fused", "activations")
+            ):
                 raise ValueError(f"{name} has the activation {layer['activation']!r}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{where} has a broken configuration: {error}, expected what save writes") from error

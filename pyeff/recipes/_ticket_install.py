@@ -202,7 +202,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     """Puts ordinary linear layers in the place of all tickets, with zeros where no block lives.
 
     Args:
-        model (Module): changed in place; fused attentions are split first.
+        model (Module): changed in place; what was fused is split first.
 
     Returns:
         Module: the model, or a new layer where the model is a ticket itself.
@@ -215,11 +215,13 @@ def to_dense(model: nn.Module) -> nn.Module:
         >>> int(ticket.to_dense(model)[0].weight.count_nonzero()) % 64
         0
     """
+    from pyeff.recipes._ticket_activations import split_activations
     from pyeff.recipes._ticket_qkv import split_qkv
 
     if isinstance(model, TicketLinear):
         return dense_layer(model)
     split_qkv(model)
+    split_activations(model)
     for module in [m for m in model.modules() if isinstance(m, TicketLinear)]:
         replace(model, module, dense_layer(module))
     return model

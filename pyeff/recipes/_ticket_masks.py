@@ -46,7 +46,7 @@ def mask(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             torch_prune.custom_from_mask(module, "weight", m)
         else:
             module.weight_mask.copy_(m)
-        _refresh(module)
+        refresh(module)
 
 
 def masks(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,10 +103,10 @@ def load_masked(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     mask(model, found)
     model.load_state_dict(dict(state_dict))
     for name in found:
-        _refresh(model.get_submodule(name))
+        refresh(model.get_submodule(name))
 
 
-def _refresh(module: Any) -> None:
+def refresh(module: Any) -> None:
     """``weight`` as it is now; torch computes it anew with the next call. Detached, so that the model can be copied."""
     module.weight = (module.weight_orig * module.weight_mask).detach()
 

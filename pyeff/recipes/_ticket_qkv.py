@@ -10,8 +10,11 @@ from pyeff.nn import TicketLinear
 from pyeff.nn._ticket_fused import Projection, Projections, stack, unstack
 
 CHILD = "ticket_qkv"
-# What the projections of one attention are called: BERT, RoBERTa and their like; DistilBERT; OPT, BART and many others.
-NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"))
+# What the projections of one attention are called: BERT, RoBERTa and their like; DistilBERT; OPT, BART and many others;
+# MPNet and T5.
+NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
+# Attentions that ask another sequence for keys and values: fused, they would compute all three for each.
+_CROSS = ("encoder_attn", "EncDecAttention", "crossattention")
 
 
 def fuse_qkv(model: nn.Module, only: Sequence[str] | None = None) -> list[str]:
@@ -49,7 +52,8 @@ def fuse_qkv(model: nn.Module, only: Sequence[str] | None = None) -> list[str]:
         names = next((names for names in NAMES if all(_is_ticket(attention, name) for name in names)), None)
         if only is not None and path not in only:
             continue
-        if names is None or "cross" in type(attention).__name__.lower() or path.endswith("encoder_attn"):
+        crosses = "cross" in type(attention).__name__.lower() or any(part in _CROSS for part in path.split("."))
+        if names is None or crosses:
             continue
         parts = [getattr(attention, name) for name in names]
         if len({id(p) for p in parts}) < 3:

@@ -17,6 +17,7 @@ from pyeff.recipes._ticket_targets import dense_weight
 _FEED_FORWARD = (
     (("intermediate.dense",), "output.dense"),
     (("ffn.lin1",), "ffn.lin2"),
+    (("ffn",), "ffn_output"),
     (("fc1",), "fc2"),
     (("linear1",), "linear2"),
     (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
@@ -25,6 +26,8 @@ _FEED_FORWARD = (
 _ATTENTION = (
     ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
      "attention.self.num_attention_heads"),
+    ("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o",
+     "attention.attn.num_attention_heads"),
     ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "attention.n_heads"),
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.nn import TicketLinear
-from pyeff.recipes._ticket_targets import Prunable, dense_weight
+from pyeff.recipes._ticket_targets import Prunable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,7 +79,13 @@ class Pruning:
     def table(self) -> Table:
         """A rich table, one row a layer; needs the package rich."""
         rows = [
-            (name, f"{row.shape[0]} x {row.shape[1]}", _block(row.block), percent(row.density), percent(row.retained))
+            (
+                short(name),
+                f"{row.shape[0]} x {row.shape[1]}",
+                _block(row.block),
+                percent(row.density),
+                percent(row.retained),
+            )
             for name, row in self.layers.items()
         ]
         total = ("all", "", "", percent(self.density), percent(self.retained))
@@ -104,13 +110,11 @@ def _layer(layer: nn.Module, before: Tensor) -> LayerPruning:
     return LayerPruning(tuple(before.shape), block, density, left / whole if whole else 1.0, whole)  # type: ignore[arg-type]
 
 
-def parameter_bytes(layers: Mapping[str, Prunable]) -> int:
-    """Bytes of the weights of some layers, with what says where blocks are; biases left out."""
-    total = 0
-    for layer in layers.values():
-        kept = (layer.values, layer.index) if isinstance(layer, TicketLinear) else (dense_weight(layer),)
-        total += sum(t.numel() * t.element_size() for t in kept)
-    return total
+def short(path: str) -> str:
+    """A layer's path from its number in the stack on."""
+    parts = path.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[first:])
 
 
 def percent(share: float) -> str:

@@ -12,16 +12,17 @@ from torch import nn
 from pyeff.nn import TicketLinear
 from pyeff.plans import Ticket
 from pyeff.recipes import _ticket_measure as measure
+from pyeff.recipes._ticket_activations import fuse_activations, split_activations
 from pyeff.recipes._ticket_install import dense_layer, install, rank
 from pyeff.recipes._ticket_qkv import fuse_qkv, split_qkv
-from pyeff.recipes._ticket_report import percent, table
+from pyeff.recipes._ticket_report import percent, short, table
 from pyeff.recipes._ticket_select import densities, pair, retained
 from pyeff.recipes._ticket_targets import Prunable, dense_weight, replace, targets
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-MODES = ("inference", "training")
+MODES = ("inference", "training", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,18 @@ class LayerTimes:
     ticket_bytes: int
     chosen: str
 
+    def training_bytes(self) -> tuple[float, float]:
+        """Of the ticket and of the dense layer: weights, gradients and two moments of Adam."""
+        # The index is there once, the values four times.
+        return self.ticket_bytes + 3 * self.density * self.dense_bytes, 4 * self.dense_bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Sparsification:
     """What :func:`sparsify` measured and chose.
 
     Args:
-        mode (str): ``"inference"`` or ``"training"``: by which time was chosen.
+        mode (str): ``"inference"`` or ``"training"``: by which time was chosen; ``"all"``: by none.
         layers (dict of LayerTimes): by path; each with ``shape``, ``block``, ``density``, ``retained``, ``tokens``, the
             seconds ``dense`` and ``ticket`` for (forward, forward and backward), ``dense_bytes``, ``ticket_bytes`` and
             what was ``chosen``.
@@ -88,11 +94,7 @@ class Sparsification:
         out["dense_bytes"] = sum(row.dense_bytes for row in rows)
         out["bytes"] = sum(size for _, size in mine)
         out["dense_training_bytes"] = 4 * out["dense_bytes"]
-        # The index is there once, the values four times.
-        out["training_bytes"] = sum(
-            size + 3 * row.dense_bytes * (row.density if row.chosen == "ticket" else 1.0)
-            for (_, size), row in zip(mine, rows, strict=True)
-        )
+        out["training_bytes"] = sum(row.training_bytes()[row.chosen == "dense"] for row in rows)
         return out
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,27 +102,23 @@ class Sparsification:
         return dataclasses.asdict(self) | {"total": self.total()}
 
     def table(self) -> Table:
-        """A rich table, one row a layer; needs the package rich."""
-        beside = ("forward", "dense", "step", "dense", "MiB", "dense")
-        names = ("layer", "density", "magnitude", "tokens", *beside, "is now")
+        """A rich table, one row a layer, ticket / dense; memory as in :meth:`total`. Needs the package rich."""
+        names = ("layer", "density", "magnitude", "forward ms", "step ms", "training MiB", "now")
         rows = [
-            (name, percent(row.density), percent(row.retained), str(row.tokens), *_pairs(row.ticket, row.dense),
-             *_sizes(row.ticket_bytes, row.dense_bytes), row.chosen)
+            (short(name), percent(row.density), percent(row.retained), _beside(row.ticket[0], row.dense[0], 1000),
+             _beside(row.ticket[1], row.dense[1], 1000), _beside(*row.training_bytes(), 2**-20), row.chosen)
             for name, row in self.layers.items()
         ]  # fmt: skip
         sums = self.total()
-        times = _pairs((sums["forward"], sums["step"]), (sums["dense_forward"], sums["dense_step"]))
-        total = ("as chosen", percent(sums["density"]), "", "", *times, *_sizes(sums["bytes"], sums["dense_bytes"]), "")
-        return table(f"Ticket beside dense, milliseconds, chosen for {self.mode}", names, rows, total)
+        totals = [_beside(sums[name], sums[f"dense_{name}"], 1000) for name in ("forward", "step")]
+        size = _beside(sums["training_bytes"], sums["dense_training_bytes"], 2**-20)
+        tokens = max((row.tokens for row in self.layers.values()), default=0)
+        title = f"Ticket / dense, {tokens} tokens, chosen for {self.mode}"
+        return table(title, names, rows, ("as chosen", percent(sums["density"]), "", *totals, size, ""))
 
 
-def _pairs(ours: tuple[float, float], dense: tuple[float, float]) -> tuple[str, ...]:
-    """Forward of both, step of both, in milliseconds."""
-    return tuple(f"{1000 * seconds:.2f}" for pair in zip(ours, dense, strict=True) for seconds in pair)
-
-
-def _sizes(*sizes: float) -> tuple[str, ...]:
-    return tuple(f"{size / 2**20:.2f}" for size in sizes)
+def _beside(ours: float, dense: float, scale: float) -> str:
+    return f"{ours * scale:.2f} / {dense * scale:.2f}"
 
 
 def sparsify(
@@ -152,9 +150,10 @@ def sparsify(
         tickets (mapping, optional): the tickets to take instead, by path. Without either, the model's own tickets are
             measured.
         block (int or (int, int)): with ``density``: (bo, bi), or one number for both.
-        mode (str): ``"inference"`` chooses by the forward, ``"training"`` by forward and backward.
+        mode (str): ``"inference"`` chooses by the forward, ``"training"`` by forward and backward, ``"all"`` makes
+            every layer a ticket, whatever the times.
         scope (str), floor (float), include, exclude, stack: with ``density``: as of :func:`prune`.
-        fuse (bool): at the end, :func:`fuse_qkv`.
+        fuse (bool): at the end, :func:`fuse_qkv` and :func:`fuse_activations`.
         progress (callable, optional): called as ``progress(path, number, count)`` before each layer.
 
     Returns:
@@ -176,6 +175,7 @@ def sparsify(
     if density is not None and tickets is not None:
         raise ValueError("sparsify: density and tickets were both given, expected one of the two")
     split_qkv(model)
+    split_activations(model)
     layers: Mapping[str, Prunable]
     if density is not None:
         densities(density, "one_shot", None)
@@ -194,6 +194,7 @@ def sparsify(
         found[name] = _layer(model, name, layers[name], wanted, given.get(name), MODES.index(mode))
     if fuse:
         fuse_qkv(model)
+        fuse_activations(model)
     return Sparsification(mode, found)
 
 
@@ -205,7 +206,7 @@ def _layer(
     sparse, dense = _both(layer, wanted)
     never = {"dense": (0.0, 0.0), "ticket": (0.0, 0.0)}
     times = never if given is None else measure.compare({"dense": dense, "ticket": sparse}, given)
-    faster = times["ticket"][by] < times["dense"][by]
+    faster = by == MODES.index("all") or times["ticket"][by] < times["dense"][by]
     if faster:
         install(model, {name: wanted})
     elif isinstance(layer, TicketLinear):

@@ -10,6 +10,7 @@ Source: Chen, Frankle, Chang, Liu, Zhang, Wang, Carbin, "The Lottery Ticket Hypo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.nn import TicketLinear
+from pyeff.recipes import _ticket_resume
 from pyeff.recipes import _ticket_select as selection
+from pyeff.recipes._ticket_activations import fuse_activations, split_activations
 from pyeff.recipes._ticket_files import dense_state_dict, load, save
+from pyeff.recipes._ticket_gradual import Gradual
 from pyeff.recipes._ticket_install import install, rank, select, tickets, to_dense
-from pyeff.recipes._ticket_masks import load_masked, mask, masks
+from pyeff.recipes._ticket_masks import load_masked, mask, masks, refresh
 from pyeff.recipes._ticket_qkv import fuse_qkv, split_qkv
 from pyeff.recipes._ticket_regroup import Regrouping, regroup
 from pyeff.recipes._ticket_report import Pruning, describe
@@ -29,9 +33,9 @@ from pyeff.recipes._ticket_sparsify import Sparsification, sparsify
 from pyeff.recipes._ticket_targets import Prunable, backbone, dense_weight, element_scores, targets
 
 __all__ = [
-    "Projection", "Pruning", "Regrouping", "Sparsification", "blockify", "dense_state_dict", "fuse_qkv", "install",
-    "load", "load_masked", "mask", "masks", "project", "prune", "regroup", "save", "select", "sparsify", "split_qkv",
-    "targets", "tickets", "to_dense",
+    "Gradual", "Projection", "Pruning", "Regrouping", "Sparsification", "blockify", "dense_state_dict",
+    "fuse_activations", "fuse_qkv", "install", "load", "load_masked", "mask", "masks", "project", "prune", "regroup",
+    "save", "select", "sparsify", "split_activations", "split_qkv", "targets", "tickets", "to_dense",
 ]  # fmt: skip
 
 METHODS = ("block_imp", "imp", "one_shot", "random")
@@ -56,6 +60,7 @@ def prune(
     score: Callable[[str, Any], Tensor] | None = None,
     seed: int = 0,
     after_round: Callable[[int, nn.Module], Any] | None = None,
+    checkpoint: str | os.PathLike | None = None,
 ) -> Pruning:
     """Prunes the linear layers of a model to a ticket, in place.
 
@@ -91,6 +96,8 @@ def prune(
             Default: its magnitude.
         seed (int): of ``"random"``.
         after_round (callable, optional): called as ``after_round(round, model)``, from 1, after each rewinding.
+        checkpoint (path, optional): a file that is written after each round, and from which the same call on the same
+            pre-trained model goes on; needs the package safetensors.
 
     Returns:
         Pruning: density and retained magnitude of every layer, and what each training returned.
@@ -117,6 +124,8 @@ def prune(
     method = ("one_shot" if train is None else "block_imp") if method is None else method
     if method not in METHODS:
         raise ValueError(f"prune: method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+    if train is not None and not callable(train):
+        raise ValueError(f"prune: train is a {type(train).__name__}, expected a callable that takes the model, or None")
     if train is None and method in ("block_imp", "imp"):
         raise ValueError(f"prune: train is None with method {method!r}, expected a callable that trains the model")
     default = "imp" if method in ("block_imp", "imp") else "one_shot"
@@ -126,11 +135,12 @@ def prune(
     _check_layers(layers, method, sides)
     before = {name: dense_weight(layer).clone() for name, layer in layers.items()}
     origin = _origin(model, layers, before, rewind, head) if train is not None else None
-    history = []
-    generator = torch.Generator().manual_seed(seed)
-    for number, share in enumerate(steps, 1):
+    run = {"method": method, "densities": steps, "block": sides, "scope": scope, "floor": floor, "layers": list(layers)}
+    history = [] if checkpoint is None else _ticket_resume.read(checkpoint, model, run)
+    layers = {name: model.get_submodule(name) for name in layers}  # type: ignore[misc]
+    for number, share in list(enumerate(steps, 1))[len(history) :]:
         returned = train(model) if train is not None else None
-        worth = _random(layers, sides, generator) if method == "random" else score
+        worth = _random(layers, sides, torch.Generator().manual_seed(seed + number)) if method == "random" else score
         if method == "imp":
             mask(model, _elements(layers, share, scope, floor, worth))
         else:
@@ -140,6 +150,8 @@ def prune(
         if origin:
             _rewind(model, origin, set(layers))
         history.append({"density": share, "returned": returned})
+        if checkpoint is not None:
+            _ticket_resume.write(checkpoint, model, run, history)
         if after_round is not None:
             after_round(number, model)
     return describe(method, layers, before, history)
@@ -257,3 +269,5 @@ def _rewind(model: nn.Module, origin: Mapping[str, Tensor], pruned: set[str]) ->
             if t is not None and source is not None and not done:
                 t.copy_(source)
                 t.grad = None
+        if hasattr(module, "weight_mask"):
+            refresh(module)

@@ -2,8 +2,8 @@
 
 The encoder is all-MiniLM-L6-v2, the task that of ``pyeff demo``: to tell the standard library's docstrings apart by
 their package. Pruned are query, key, value and output of the attention, the intermediate and the output layer of every
-layer; not the pooler, which takes no part in the answer. Every training begins at the pretrained
-encoder and the same head, and takes the same batches; only the mask is different:
+layer; not the pooler, which takes no part in the answer. Every training begins at the pretrained encoder and the same
+head, and takes the same batches; only the mask is different:
 
 =================  ====================================================================================================
 ``dense``          no mask
@@ -15,13 +15,14 @@ encoder and the same head, and takes the same batches; only the mask is differen
 ``random-B``       blocks drawn by lot
 =================  ====================================================================================================
 
-All layers are ranked together; with ``-scaled`` at the end of a method's name, by the magnitude over its mean in the
-layer. For the mean of a block says more about its layer than about the block: without, whole layers die.
+All layers are ranked together: as they are, or, with ``-scaled`` at the end of a method's name, by the magnitude over
+its mean in the layer. The mean of a block says more about its layer than about the block, and as they are, whole layers
+die.
 
 Trained is with masked dense weights, or by pyeff.nn.TicketLinear (``--through ticket``), which gives the same losses up
 to rounding: the run checks that. ``methods`` chooses the masks, ``train`` trains, ``times`` measures time and memory of
 the tickets against the dense model, ``store`` keeps every finished training at once, so that a run that was stopped
-goes on where it was, ``report`` makes the table and the picture.
+goes on where it was, ``report`` and ``plot`` make tables and picture.
 
     python -m benchmarks.experiments.ticket_density --out benchmarks/results/ticket_density.json --minutes 120
 """

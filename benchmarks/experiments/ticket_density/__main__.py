@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from . import methods, report, store, times
+from . import methods, plot, report, store, times
 from .methods import Job, Masks
 from .train import DTYPES, THROUGH, Bench, Settings
+
+TIMED = ("imp-32-scaled", "imp-16-scaled", "imp-8-scaled")
 
 
 class Run:
@@ -98,8 +100,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--state", type=Path, default=Path("build/ticket_density"), help="masks for later trainings")
     parser.add_argument("--no-times", action="store_true", help="no measurement of time and memory at the end")
     parser.add_argument("--only-times", action="store_true", help="measure time and memory anew and train nothing")
-    parser.add_argument("--time-methods", nargs="+", default=["imp-32", "imp-16", "imp-8"], metavar="METHOD")
-    parser.add_argument("--time-dtypes", nargs="+", default=["float32"], choices=list(DTYPES))
+    parser.add_argument("--time-methods", nargs="+", default=list(TIMED), metavar="METHOD", help="all with blocks")
+    parser.add_argument("--time-dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=times.REPEATS, help="timed calls of each")
     parser.add_argument("--quiet-machine", action="store_true", help="nothing else runs here: mark no time as shared")
     parser.add_argument("--only-report", action="store_true", help="only picture and table, of the result as it is")
@@ -183,13 +185,13 @@ def show(found: dict, given: argparse.Namespace, console: Console) -> int:
     """Picture and tables."""
     if not found["trainings"]:
         raise ValueError("there is no training to show yet")
-    report.picture(found, given.plot or given.out.with_suffix(".png"))
+    plot.save(found, given.plot or given.out.with_suffix(".png"))
     for page in given.into:
         if not report.write_into(found, page):
             raise ValueError(f"{page} has no place for a table: a line {report.OPENING.format(name='accuracy')}")
-    console.print(report.accuracy(found), markup=False, highlight=False)
+    console.print(report.accuracy(found), markup=False, highlight=False, soft_wrap=True)
     if found["times"]:
-        console.print(report.speed(found), markup=False, highlight=False)
+        console.print(report.speed(found), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

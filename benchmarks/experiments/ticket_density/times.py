@@ -1,9 +1,10 @@
 """Time and memory of a ticket against the dense model: training steps and inference, in turns.
 
-Texts are full-length and random: time does not depend on what they say. Memory of a training step is measured in a
-process of its own, in which nothing else has run: the high-water mark of the resident size, once the model stands,
-minus the size before it was loaded. So weights, gradients, the optimizer's moments, activations and what kernels
-allocate are all in it. What is exact is beside it: the bytes of weights with their index, gradients and moments.
+The ticket is as a user would run it, query, key and value of an attention as one layer. Texts are full-length and
+random: time does not depend on what they say. Memory of a training step is measured in a process of its own, in which
+nothing else has run: the high-water mark of the resident size, once the model stands, minus the size before it was
+loaded. So weights, gradients, the optimizer's moments, activations and what kernels allocate are all in it. What is
+exact is beside it: the bytes of weights with their index, gradients and moments.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from .train import Bench, Settings, Trained
 REPEATS = 15
 UNTIMED = 2
 PEAK_STEPS = 3
-DENSE = Job("dense", 1.0, 0)
 
 
 def random_batch(settings: Settings, texts: int) -> dict[str, Tensor]:
@@ -52,9 +52,10 @@ def measure(bench: Bench, job: Job, masks: Masks, dtype: str, repeats: int, fold
     """
     settings = dataclasses.replace(bench.settings, classes=len(bench.corpus.labels))
     model, _ = bench.at(job.seed)
+    dense = Job("dense", 1.0, job.seed)
     rivals = {
-        "dense": Trained(model, settings, dataclasses.replace(DENSE, seed=job.seed), {}, dtype=dtype),
-        "ticket": Trained(model, settings, job, masks, through="ticket", dtype=dtype),
+        "dense": Trained(model, settings, dense, {}, dtype=dtype),
+        "ticket": Trained(model, settings, job, masks, through="ticket", dtype=dtype, fused=True),
     }
     batch, one = random_batch(settings, settings.batch), random_batch(settings, 1)
     calls = {
@@ -75,7 +76,8 @@ def measure(bench: Bench, job: Job, masks: Masks, dtype: str, repeats: int, fold
     found["bytes"] = {name: state_bytes(rival) for name, rival in rivals.items()}
     rivals.clear()
     found["peak_bytes"] = {
-        name: peak(settings, job, masks if name == "ticket" else {}, dtype, folder) for name in ("dense", "ticket")
+        "dense": peak(settings, dense, {}, dtype, folder),
+        "ticket": peak(settings, job, masks, dtype, folder),
     }
     return found | {"threads": torch.get_num_threads(), "load": load}
 
@@ -136,7 +138,7 @@ def peak_here(settings: Settings, job: Job, masks: Masks, dtype: str) -> int:
     batch = random_batch(settings, settings.batch)
     before = demo_measure._status("VmRSS") if demo_measure._reset_peak() else demo_measure._peak()
     model = variants.load(settings.demo(job.seed), settings.classes)[1]
-    rival = Trained(model, settings, job, masks, through="ticket", dtype=dtype)
+    rival = Trained(model, settings, job, masks, through="ticket", dtype=dtype, fused=True)
     del model
     gc.collect()
     precise = demo_measure._reset_peak()
@@ -145,9 +147,12 @@ def peak_here(settings: Settings, job: Job, masks: Masks, dtype: str) -> int:
     return (demo_measure._status("VmHWM") if precise else demo_measure._peak()) - before
 
 
+def answer(argument: str) -> int:
+    """What the other process does with its argument."""
+    given = json.loads(argument)
+    torch.set_num_threads(given["threads"])
+    return peak_here(Settings(**given["settings"]), Job(*given["job"]), torch.load(given["masks"]), given["dtype"])
+
+
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    torch.set_num_threads(asked["threads"])
-    loaded = torch.load(asked["masks"])
-    whose = Job(*asked["job"]) if loaded else DENSE
-    print(json.dumps(peak_here(Settings(**asked["settings"]), whose, loaded, asked["dtype"])))
+    print(json.dumps(answer(sys.argv[1])))

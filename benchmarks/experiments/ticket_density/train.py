@@ -61,22 +61,25 @@ class Trained(variants.Variant):
 
     Args:
         model (Module): where it starts; copied.
-        settings (Settings), seed (int): as named.
-        job (Job): whose mask it is.
+        settings (Settings): rates and sizes.
+        job (Job): whose mask it is, and the seed.
         masks (dict of Tensor): by layer; empty for the dense model.
         through (str, optional): ``"masked"`` or ``"ticket"``. Default: that of the settings.
         dtype (str, optional): of the products. Default: that of the settings.
+        fused (bool): query, key and value of a ticket as one layer.
     """
 
     def __init__(
         self, model: nn.Module, settings: Settings, job: Job, masks: Masks,
-        *, through: str | None = None, dtype: str | None = None,
+        *, through: str | None = None, dtype: str | None = None, fused: bool = False,
     ) -> None:  # fmt: skip
         self.autocast = DTYPES[dtype or settings.dtype]
         self.by_ticket = (through or settings.through) == "ticket" and job.block is not None
         if self.by_ticket:
             model = copy.deepcopy(model)
             ticket.install(model, methods.tickets(job, masks))
+            if fused:
+                ticket.fuse_qkv(model)
         super().__init__("full", model, settings.demo(job.seed))
         for group in self.optimizer.param_groups:
             group["fused"] = True  # one pass over weights, gradients and moments, to nobody's disadvantage

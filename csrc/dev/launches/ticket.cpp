@@ -1,6 +1,8 @@
 // What the ticket's CUDA kernels are launched with, for the resource report; see read.cpp.
 #include <initializer_list>
 
+#include "cuda/launch.cuh"
+#include "cuda/ticket_resident.cuh"
 #include "cuda/ticket_vector.cuh"
 #include "cuda/ticket_wgmma.cuh"
 #include "dev/launches/line.h"
@@ -20,7 +22,7 @@ void tiles(const char* type) {
 template <int N>
 void resident() {
   int most = 0;
-  for (int64_t width = 64; TicketResident<N>::groups(width, kSharedHopper) >= 2; width += 64) {
+  for (int64_t width = 64; TicketResident<N>::groups(width, kSharedHopper) > 0; width += 64) {
     const int shared = TicketResident<N>::shared(width, TicketResident<N>::groups(width, kSharedHopper));
     most = shared > most ? shared : most;
   }
@@ -42,6 +44,7 @@ int main() {
   line("ticket_outer_wgmma<*, 128>", kThreads, TicketOuterWgmmaTile<128>::kShared, kWgmmaArch, "wgmma");
   resident<16>();
   resident<32>();
+  resident<64>();
   line("ticket_vector<*", kThreads, TicketVector::kShared);
   line("ticket_sum<*", kThreads, 0);
   line("ticket_gradient<*", kThreads, kGradientShared);
