@@ -267,6 +267,22 @@ def test_thread_count_changes_no_bit(cpu_kernels, tokens, block, dtype):
         assert all(torch.equal(found[0][name], other[name]) for other in found[1:]), name
 
 
+def test_auto_takes_the_kernels(cpu_kernels):
+    call = make_call(dtype=torch.float32, activation="gelu")
+    expected = call()
+    with pyeff.backend("auto"):
+        assert torch.equal(call(), expected)
+
+
+def test_strided_index(backend):
+    """The op itself takes an index that lies scattered in memory, as a slice of a larger buffer may."""
+    call = make_call()
+    x, values, index, out, bias = call.raw()
+    scattered = torch.stack([index, torch.full_like(index, -1)], 1)[:, 0]
+    assert not scattered.is_contiguous()
+    assert torch.equal(torch.ops.pyeff.ticket_linear(x, values, scattered, out, bias, backend=backend), call())
+
+
 def test_float16_is_served_by_the_reference():
     call = make_call(dtype=torch.float16)
     with pyeff.backend("auto"):
