@@ -206,6 +206,29 @@ def test_what_a_row_does_not_select(backend, dtype, bad):
 
 
 @dtypes
+def test_where_a_gradient_that_is_not_finite_goes(kernels, dtype):
+    """From an output into the columns that its row selects, and into its row's values; into nothing else."""
+    ticket = make_ticket((45, 61), 16, 0.5, seed=3, holes=False)
+    for tokens in (2, 30):
+        call = make_call(ticket=ticket, lead=(tokens,), dtype=dtype)
+        clean = helpers.gradients(call, call.tensors, random_grad(call))
+        for row in range(3):
+            grad_out = random_grad(call)
+            grad_out[1, row * 16 + 3] = math.nan
+            spoilt = helpers.gradients(call, call.tensors, grad_out)
+            selected = ticket.blocks()[row].repeat_interleave(16)[:61]
+            hit = torch.zeros(tokens, 61, dtype=torch.bool)
+            hit[1] = selected
+            assert torch.equal(spoilt["x"][~hit], clean["x"][~hit])
+            assert spoilt["x"][hit].isnan().all()
+            start, end = ticket.row_start[row : row + 2].tolist()
+            others = torch.arange(ticket.nnz)
+            others = (others < start) | (others >= end)
+            assert torch.equal(spoilt["values"][others], clean["values"][others])
+            assert spoilt["bias"].isnan().nonzero().flatten().tolist() == [row * 16 + 3]
+
+
+@dtypes
 @activations
 def test_nan_stays_in_its_token(backend, activation, dtype):
     """It spoils its own output, through relu too, and that of no other token."""
