@@ -156,6 +156,16 @@ class Call {
       near(o.dbias[static_cast<int64_t>(i)], dbias[i], store, 0, tiny);
   }
 
+  // Not one number of x is finite: what lies past the end of the weight has no gradient all the same.
+  void check_padding(const Machine& machine) {
+    for (int64_t i = 0; i < x_.bytes() / size_of(number_); ++i) x_.set(i, NAN);
+    const Outputs o = run(machine, false, 2);
+    for (int64_t e = 0, at = 0; e < blocks(); ++e)
+      for (int64_t row = 0; row < s_.block_out; ++row)
+        for (int64_t column = 0; column < s_.block_in; ++column, ++at)
+          CHECK(inside(e, row, column) ? o.dvalues[at] != o.dvalues[at] : o.dvalues[at] == 0);
+  }
+
   // Numbers of any size where the index should be.
   void spoil() {
     const int32_t some[] = {-1, 0, 1, 7, 1 << 20, 0x7fffffff, -0x7fffffff - 1};
@@ -310,6 +320,19 @@ TEST(every_gradient_of_a_ticket_on_the_gpu_can_be_wanted_alone) {
         CHECK(wanted & 1 ? all.dx.same(some.dx) : some.dx.count() == 0);
         CHECK(wanted & 2 ? all.dvalues.same(some.dvalues) : some.dvalues.count() == 0);
         CHECK(wanted & 4 ? all.dbias.same(some.dbias) : some.dbias.count() == 0);
+      }
+    }
+}
+
+TEST(blocks_of_a_ticket_on_the_gpu_have_no_gradient_past_the_weight) {
+  uint64_t seed = 35000;
+  for (Number number : {Number::f32, Number::bf16})
+    for (bool wgmma : {true, false}) {
+      Random random(++seed);
+      for (const Sizes& sizes : {Sizes{20, 50, 44, 16, 8, 0.6}, Sizes{300, 70, 70, 64, 24, 1.0}}) {
+        if (kRaces) continue;
+        Call call(number, sizes, TicketActivation::none, false, Begin::vector, 0, false, seed);
+        call.check_padding(machine_with(random, wgmma));
       }
     }
 }
