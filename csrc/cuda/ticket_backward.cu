@@ -44,7 +44,8 @@ struct TicketScratch {
       : prepared(p.activation != TicketActivation::none && (b.dx || b.dvalues)) {
     const int64_t bytes = bytes_of(p.number), chunk = 16 / bytes;
     stride = div_up(p.out, chunk) * chunk;
-    splits = best_splits(div_up(p.out, int64_t{kGradientColumns}), 2 * machine.processors);
+    // It only moves memory: as many blocks as a multiprocessor holds.
+    splits = best_splits(div_up(p.out, int64_t{kGradientColumns}), 8 * machine.processors);
     const int64_t steps = div_up(p.tokens, int64_t{64});
     if (splits > steps) splits = steps;
     if (splits < 1) splits = 1;

@@ -202,18 +202,29 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1) ticket_gradient(const PYEFF_G
   const int64_t begin = p.tokens * block_index_y() / p.splits, end = p.tokens * (block_index_y() + 1) / p.splits;
   const int count = column + 1 < p.out ? 2 : column < p.out ? 1 : 0;
   float sums[2] = {0.0f, 0.0f};
-  for (int64_t token = begin + warp(); token < end; token += kWarps) {
-    if (count == 0) continue;
-    float g[2];
-    load_two(g, static_cast<const T*>(p.grad) + token * p.stride + column, count, p.pairs);
-    if (p.activation != TicketActivation::none) {
-      float saved[2];
-      load_two(saved, static_cast<const T*>(p.saved) + token * p.out + column, count, p.pairs);
-      PYEFF_UNROLL
-      for (int i = 0; i < 2; ++i) g[i] = activation_gradient(g[i], saved[i], p.activation);
+  // All loads of a step come before its stores: a lane alone waits for each of its few bytes as long as for many.
+  constexpr int kAtOnce = 8;
+  for (int64_t first = begin + warp(); first < end && count > 0; first += kAtOnce * kWarps) {
+    float g[kAtOnce][2] = {}, saved[kAtOnce][2] = {};
+    PYEFF_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t token = first + i * kWarps;
+      if (token >= end) continue;
+      load_two(g[i], static_cast<const T*>(p.grad) + token * p.stride + column, count, p.pairs);
+      if (p.activation != TicketActivation::none)
+        load_two(saved[i], static_cast<const T*>(p.saved) + token * p.out + column, count, p.pairs);
     }
-    if (p.to) store_two(static_cast<T*>(p.to) + token * p.to_stride + column, g[0], g[1], count, p.pairs);
-    sums[0] += g[0], sums[1] += g[1];
+    PYEFF_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t token = first + i * kWarps;
+      if (token >= end) continue;
+      if (p.activation != TicketActivation::none) {
+        PYEFF_UNROLL
+        for (int j = 0; j < 2; ++j) g[i][j] = activation_gradient(g[i][j], saved[i][j], p.activation);
+      }
+      if (p.to) store_two(static_cast<T*>(p.to) + token * p.to_stride + column, g[i][0], g[i][1], count, p.pairs);
+      sums[0] += g[i][0], sums[1] += g[i][1];
+    }
   }
   if (!p.partial) return;
   float* shared = reinterpret_cast<float*>(shared_memory());
