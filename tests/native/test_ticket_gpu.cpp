@@ -275,12 +275,13 @@ TEST(ticket_on_the_gpu_is_right_for_every_block_and_type) {
     }
 }
 
-// Enough tokens that those of small blocks stay on the chip, and widths that end within a block or a panel.
-TEST(ticket_on_the_gpu_is_right_with_tokens_on_the_chip) {
-  const Sizes all[] = {{520, 64, 64, 32, 32},        {513, 70, 72, 16, 16},      {600, 33, 208, 5, 16, 0.2},
-                       {515, 64, 80, 32, 48, 0.7},   {512, 40, 40, 24, 32, 0.7}, {530, 64, 48, 16, 16, 0.0},
-                       {515, 32, 130, 32, 128, 0.7}, {520, 130, 128, 64, 64},    {513, 70, 72, 64, 16},
-                       {600, 100, 40, 48, 32}};
+// Enough tokens that those of small blocks stay on the chip, and widths that end within a block or a panel; large
+// blocks in lines of more stages than a ring has.
+TEST(ticket_on_the_gpu_is_right_by_warpgroups) {
+  const Sizes all[] = {{520, 64, 64, 32, 32},        {513, 70, 72, 16, 16},        {600, 33, 208, 5, 16, 0.2},
+                       {515, 64, 80, 32, 48, 0.7},   {512, 40, 40, 24, 32, 0.7},   {530, 64, 48, 16, 16, 0.0},
+                       {515, 32, 130, 32, 128, 0.7}, {520, 130, 128, 64, 64},      {513, 70, 72, 64, 16},
+                       {600, 100, 40, 48, 32},       {100, 100, 330, 96, 64, 1.0}, {300, 320, 130, 64, 128, 1.0}};
   uint64_t seed = 31000;
   for (Number number : {Number::bf16, kHalf})
     for (const Sizes& sizes : all) {
