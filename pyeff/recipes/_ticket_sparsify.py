@@ -118,7 +118,7 @@ class Sparsification:
 
 
 def _beside(ours: float, dense: float, scale: float) -> str:
-    return f"{ours * scale:.2f} / {dense * scale:.2f}"
+    return " / ".join(f"{v:.{2 if v < 10 else 1 if v < 100 else 0}f}" for v in (ours * scale, dense * scale))
 
 
 def sparsify(
