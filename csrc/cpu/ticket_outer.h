@@ -19,7 +19,8 @@ PYEFF_INLINE auto load_pieces(const typename Op::Element* const* column, int64_t
   if constexpr (P == 2) {
     const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column[0] + p * lanes / 2));
     const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column[1] + p * lanes / 2));
-    return bit_cast<decltype(Op::load_vector(column[0]))>(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    return bit_cast<decltype(Op::load_vector(column[0]))>(
+        _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(low), 0xf0, high));
   }
 #endif
   return Op::load_vector(column[0] + p * lanes);

@@ -24,8 +24,10 @@ PYEFF_INLINE Vec<Compute<T>> load_some(const T* p, int64_t count) {
   const uint32_t mask = (1u << count) - 1;
   if constexpr (sizeof(T) == 8) return DoubleV(_mm512_maskz_loadu_pd(__mmask8(mask), p));
   if constexpr (sizeof(T) == 4) return FloatV(_mm512_maskz_loadu_ps(__mmask16(mask), p));
-  if constexpr (sizeof(T) == 2)
-    return bit_cast<FloatV>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(mask), p)), 16));
+  if constexpr (sizeof(T) == 2) {
+    const HalfBitsV bits = bit_cast<HalfBitsV>(_mm256_maskz_loadu_epi16(__mmask16(mask), p));
+    return bit_cast<FloatV>(__builtin_convertvector(bits, UInt32V) << 16);
+  }
 #else
   return load_first(p, count);
 #endif

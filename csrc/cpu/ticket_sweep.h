@@ -52,26 +52,30 @@ __attribute__((noinline)) void sweep_tile(typename Op::Acc* sums, const SweepPie
     const Element* right = panel + block * inner.steps * width;
     const int64_t k = block == inner.last ? inner.last_k : inner.k;
     const int64_t whole = kAcross ? steps<Op>(k) : k / Op::kPack;
-    if constexpr (!kAcross) {
-      // The next block begins on as many cache lines as it has rows, wherever the panel goes on.
-      const Stored* next = left + piece.block_stride;
-      const Element* next_right = panel + piece.inner[e + 1 < count ? e + 1 : e] * inner.steps * width;
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) __builtin_prefetch(next + i * ld);
+    const int64_t following = e + 1 < count ? e + 1 : e;
+    const Stored* next = piece.base + (piece.slot ? piece.slot[following] : following) * piece.block_stride;
+    const Element* next_right = panel + piece.inner[following] * inner.steps * width;
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) __builtin_prefetch(next_right + j * lanes);
-    }
+    for (int j = 0; j < NV; ++j) __builtin_prefetch(next_right + j * lanes);
+    // As many steps as a cache line of a row has, and what comes then: the rows lie on a line each.
+    constexpr int64_t kSteps = kAcross ? 8 : 64 / int64_t(sizeof(Stored)) / kNumbers;
+    for (int64_t begin = 0; begin < whole; begin += kSteps) {
+      const int64_t end = smaller(whole, begin + kSteps);
+      const Stored* ahead = end < whole ? left + (kAcross ? end * ld : end * kNumbers) : next;
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(ahead + i * ld);
 #pragma GCC unroll 1
-    for (int64_t p = 0; p < whole; ++p, right += width) {
-      decltype(Op::load_vector(right)) vector[NV];
+      for (int64_t p = begin; p < end; ++p, right += width) {
+        decltype(Op::load_vector(right)) vector[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) vector[j] = Op::load_vector(right + j * lanes);
+        for (int j = 0; j < NV; ++j) vector[j] = Op::load_vector(right + j * lanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
-        const Stored* at = kAcross ? left + p * ld + i : left + i * ld + p * kNumbers;
-        auto one = Op::broadcast(reinterpret_cast<const Element*>(at));
+        for (int i = 0; i < MR; ++i) {
+          const Stored* at = kAcross ? left + p * ld + i : left + i * ld + p * kNumbers;
+          auto one = Op::broadcast(reinterpret_cast<const Element*>(at));
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) acc[i][j] = Op::fma(one, vector[j], acc[i][j]);
+          for (int j = 0; j < NV; ++j) acc[i][j] = Op::fma(one, vector[j], acc[i][j]);
+        }
       }
     }
     if constexpr (!kAcross && Op::kPack == 2) {
