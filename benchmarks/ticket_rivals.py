@@ -220,9 +220,7 @@ def contenders(
     library = "MKL in float32, oneDNN in bfloat16" if device == "cpu" else "cuBLAS"
     found = [
         *_own(device, dtype, block, layer),
-        Contender(
-            "F.linear", f"the dense layer, pruned weights being zeros in it ({library})", "reference", dense, layer
-        ),
+        Contender("F.linear", f"the dense layer, zeros for what is pruned ({library})", "reference", dense, layer),
         Contender("compiled", "the same under torch.compile", "rival", compiled_dense, layer),
     ]
     if device == "cpu":

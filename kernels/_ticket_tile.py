@@ -97,5 +97,7 @@ def slope(grad, saved, ACTIVATION: tl.constexpr):
         grad = tl.where(saved <= 0.0, 0.0, grad)
     elif ACTIVATION == GELU:
         density = tl.exp(-0.5 * saved * saved) * _ROOT_TWO_PI
-        grad = grad * (0.5 * (1.0 + tl.erf(saved * _ROOT_HALF)) + saved * density)
+        # Infinity, which float16 makes of large numbers, times a density of zero would be NaN.
+        term = tl.where(density == 0.0, 0.0, saved * density)
+        grad = grad * (0.5 * (1.0 + tl.erf(saved * _ROOT_HALF)) + term)
     return grad

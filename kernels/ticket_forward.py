@@ -2,7 +2,7 @@
 
 Either is a sum over the living blocks of a row (column); the blocks are multiplied where they lie, transposed as they
 are loaded. Sums are in float32 and in a fixed order; what is stored as T is rounded once. Rows of tokens past the last
-repeat it and are not stored. Offsets of rows and of stored blocks are int64. Source: docs/ticket.md.
+repeat it and are not stored. Offsets of rows and of stored blocks are int64. docs/ticket.md has the mathematics.
 """
 
 import triton

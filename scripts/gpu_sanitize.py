@@ -55,6 +55,7 @@ TICKET = [
       for b, odd, tokens, activation, dtype in (
           (8, 3, 70, "gelu", torch.bfloat16), (16, 0, 150, "relu", torch.bfloat16), (16, 5, 33, None, torch.float16),
           (32, 0, 131, "gelu", torch.bfloat16), (32, 7, 65, "relu", torch.float32), (32, 0, 3, "gelu", torch.bfloat16),
+          (16, 0, 520, None, torch.bfloat16), (32, 0, 520, "gelu", torch.bfloat16),
           (64, 0, 129, None, torch.bfloat16), (64, 9, 64, "gelu", torch.float16), (128, 0, 40, "relu", torch.bfloat16),
       )),
     ((50, 70), (16, 32), 0.5, 20, "gelu", torch.bfloat16),

@@ -232,7 +232,8 @@ def test_predictions_are_kept_from_results(rows):
         predictions.save(rows, folder / "h200.json")
     for path in folder.glob("*.json"):
         assert "PREDICTION" not in path.read_text()
-        results.load(path)
+        if path.stem != "ticket_density":  # accuracies, which are no times
+            results.load(path)
 
 
 def test_places_in_a_document_are_filled(tmp_path):

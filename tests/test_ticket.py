@@ -206,6 +206,29 @@ def test_what_a_row_does_not_select(backend, dtype, bad):
 
 
 @dtypes
+def test_where_a_gradient_that_is_not_finite_goes(kernels, dtype):
+    """From an output into the columns that its row selects, and into its row's values; into nothing else."""
+    ticket = make_ticket((45, 61), 16, 0.5, seed=3, holes=False)
+    for tokens in (2, 30):
+        call = make_call(ticket=ticket, lead=(tokens,), dtype=dtype)
+        clean = helpers.gradients(call, call.tensors, random_grad(call))
+        for row in range(3):
+            grad_out = random_grad(call)
+            grad_out[1, row * 16 + 3] = math.nan
+            spoilt = helpers.gradients(call, call.tensors, grad_out)
+            selected = ticket.blocks()[row].repeat_interleave(16)[:61]
+            hit = torch.zeros(tokens, 61, dtype=torch.bool)
+            hit[1] = selected
+            assert torch.equal(spoilt["x"][~hit], clean["x"][~hit])
+            assert spoilt["x"][hit].isnan().all()
+            start, end = ticket.row_start[row : row + 2].tolist()
+            others = torch.arange(ticket.nnz)
+            others = (others < start) | (others >= end)
+            assert torch.equal(spoilt["values"][others], clean["values"][others])
+            assert spoilt["bias"].isnan().nonzero().flatten().tolist() == [row * 16 + 3]
+
+
+@dtypes
 @activations
 def test_nan_stays_in_its_token(backend, activation, dtype):
     """It spoils its own output, through relu too, and that of no other token."""
@@ -265,6 +288,22 @@ def test_thread_count_changes_no_bit(cpu_kernels, tokens, block, dtype):
         torch.set_num_threads(threads)
     for name in found[0]:
         assert all(torch.equal(found[0][name], other[name]) for other in found[1:]), name
+
+
+def test_auto_takes_the_kernels(cpu_kernels):
+    call = make_call(dtype=torch.float32, activation="gelu")
+    expected = call()
+    with pyeff.backend("auto"):
+        assert torch.equal(call(), expected)
+
+
+def test_strided_index(backend):
+    """The op itself takes an index that lies scattered in memory, as a slice of a larger buffer may."""
+    call = make_call()
+    x, values, index, out, bias = call.raw()
+    scattered = torch.stack([index, torch.full_like(index, -1)], 1)[:, 0]
+    assert not scattered.is_contiguous()
+    assert torch.equal(torch.ops.pyeff.ticket_linear(x, values, scattered, out, bias, backend=backend), call())
 
 
 def test_float16_is_served_by_the_reference():

@@ -182,3 +182,29 @@ def test_launches_do_not_depend_on_the_ticket(triton_emulated, training, monkeyp
         helpers.gradients(call, call.tensors if training else ["bias"], torch.ones(call.out_shape))
         counts.append(len(launched) - before)
     assert counts[0] == counts[1] <= 8
+
+
+@pytest.mark.parametrize("where", ["grad", "x"])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_padding_has_no_gradient_whatever_a_token_holds(kernels, tokens, where):
+    """What a block holds past the end of the weight is multiplied with nothing, not with zero."""
+    call = make_call((24, 24), 16, 1.0, lead=(tokens,), holes=False)
+    grad = random_grad(call)
+    (grad if where == "grad" else call.tensors["x"])[3, 20] = math.nan
+    leaves = call.require_grad(["values"])
+    (dvalues,) = torch.autograd.grad(leaves(), leaves.tensors["values"], grad)
+    outside = call.ticket.gather(torch.ones(24, 24, dtype=dvalues.dtype)) == 0
+    assert outside.any()
+    assert (dvalues[outside] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_gelu_of_what_the_dtype_cannot_hold(kernels, dtype):
+    """A neuron far below zero is dead: its gradients are zero, though what it is taken of is stored as infinite."""
+    call = make_call((16, 32), 16, 1.0, lead=(20,), dtype=dtype, activation="gelu", holes=False)
+    call.tensors["x"].fill_(60)
+    call.tensors["values"].fill_(-60)
+    leaves = call.require_grad(["x", "values", "bias"])
+    out = leaves()
+    grads = torch.autograd.grad(out, list(leaves.tensors.values()), torch.ones_like(out))
+    assert all((t == 0).all() for t in (out, *grads))

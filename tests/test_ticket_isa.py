@@ -17,15 +17,19 @@ reason = backends.load_library()
 assert not reason, reason
 print(torch.ops.pyeff_cpu.isa_chosen())
 torch.set_num_threads(1)
+sizes = [
+    (37, (65, 130), 16), (130, (70, 100), 32), (3, (33, 40), 8), (300, (20, 33), (5, 9)), (50, (140, 70), (64, 32)),
+    (1, (64, 96), (16, 32)), (64, (17, 40), (1, 32)), (9, (40, 17), (16, 1)), (8, (140, 135), 64),
+]
+activations = itertools.cycle(ACTIVATIONS)
 with pyeff.backend("cpu"):
-    for block, dtype in itertools.product((8, 16, 32, 64, (16, 8), (7, 5)), backends.DTYPES["cpu"]):
-        for lead, activation in zip(((1,), (5,), (8,), (17,), (130,)), (*ACTIVATIONS, *ACTIVATIONS)):
-            call = make_call((100, 135), block, lead=lead, activation=activation, dtype=dtype)
-            check_call(call, TENSORS)
-        call = make_call((100, 135), block, lead=(6, 7), dtype=dtype, x_strides="sliced")
-        check_call(call, ["values"])
-        check_call(call, ["x"])
-        check_call(call.but(bias=None))
+    for dtype, (tokens, shape, block), density in itertools.product(backends.DTYPES["cpu"], sizes, (0.4, 1.0)):
+        activation = next(activations)
+        call = make_call(shape, block, density, lead=(tokens,), dtype=dtype, activation=activation, holes=density < 1)
+        check_call(call, TENSORS)
+        check_call(call.but(bias=None), ["x"])
+        strided = make_call(shape, block, density, lead=(2, tokens), dtype=dtype, x_strides="sliced")
+        check_call(strided, ["values"])
 """
 
 

@@ -92,6 +92,12 @@ struct TailTraits<float> {
 };
 template <>
 struct TailTraits<double> {
+  // Near zero t forgets the last bits of a. There the probability is 1/2 + x Q(x^2), and this Q.
+  static constexpr double middle_end = 1.3;
+  static constexpr double middle[] = {0x1.9884533d43651p-2,   -0x1.1058377e2cedcp-4,  0x1.46d0429768dddp-7,
+                                      -0x1.37403f6b8afe9p-10, 0x1.e42b0d4a32149p-14,  -0x1.3ce8f9ebd5396p-17,
+                                      0x1.658a04cfa7eaep-21,  -0x1.621fe08c019cfp-25, 0x1.38522c487842cp-29,
+                                      -0x1.edfd06e6fd2e3p-34, 0x1.53fc874e9173ep-38,  -0x1.45022dde72d9ap-43};
   static constexpr double slope = 0.2, scale = 2.2583979328165374487, shift = -1.2583979328165374487, last = 37.6;
   static constexpr double terms[] = {
       0x1.5d1ae2d9c40bcp-3,   0x1.1f517bbff1abbp-3,   0x1.8c62cf339ba6ap-4,   0x1.c5bcc2b6bd3b7p-5,
@@ -119,6 +125,14 @@ struct Normal {
     for (int k = count - 2; k >= 0; --k) p = p * u + Tail::terms[k];
     const Vec<T> tail = bell * (t * p);
     below = x < 0 ? tail : T(1) - tail;
+    if constexpr (sizeof(T) == 8) {
+      constexpr int middle_count = int(sizeof(Tail::middle) / sizeof(T));
+      const Vec<T> s = x * x;
+      Vec<T> q = splat<Vec<T>>(Tail::middle[middle_count - 1]);
+#pragma GCC unroll 32
+      for (int k = middle_count - 2; k >= 0; --k) q = q * s + Tail::middle[k];
+      below = a < Tail::middle_end ? T(0.5) + x * q : below;
+    }
   }
 };
 

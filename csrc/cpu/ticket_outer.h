@@ -11,9 +11,23 @@
 namespace pyeff {
 namespace PYEFF_ISA {
 
+// A vector of the right operand from the pieces of P columns that are packed apart.
+template <class Op, int P>
+PYEFF_INLINE auto load_pieces(const typename Op::Element* const* column, int64_t p) {
+  constexpr int lanes = kLanes<typename Op::Acc>;
+#if defined(__AVX512F__)
+  if constexpr (P == 2) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column[0] + p * lanes / 2));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column[1] + p * lanes / 2));
+    return bit_cast<decltype(Op::load_vector(column[0]))>(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+#endif
+  return Op::load_vector(column[0] + p * lanes);
+}
+
 // sums[i][j] = sum over p < k of left[p][i] right[j][p], MR rows by NV vectors, each of which has a packed column of
 // its own.
-template <class Op, int MR, int NV>
+template <class Op, int MR, int NV, int P>
 __attribute__((noinline)) void outer_tile(typename Op::Acc* sums, const typename Op::Element* left, int64_t ld,
                                           const typename Op::Element* const* right, int64_t k) {
   using Element = typename Op::Element;
@@ -24,14 +38,14 @@ __attribute__((noinline)) void outer_tile(typename Op::Acc* sums, const typename
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[i][j] = V{};
-  const Element* column[NV];
-#pragma GCC unroll 4
-  for (int j = 0; j < NV; ++j) column[j] = right[j];
+  const Element* column[NV * P];
+#pragma GCC unroll 8
+  for (int j = 0; j < NV * P; ++j) column[j] = right[j];
 #pragma GCC unroll 1
   for (int64_t p = 0; p < k; ++p, left += ld) {
     decltype(Op::load_vector(left)) vector[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) vector[j] = Op::load_vector(column[j] + p * lanes);
+    for (int j = 0; j < NV; ++j) vector[j] = load_pieces<Op, P>(column + j * P, p);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       auto one = Op::broadcast(left + i);
@@ -77,6 +91,8 @@ struct ColumnPack {
     int64_t offsets[kStrip * kLength];
     for (int64_t i = 0; i < left; ++i) offsets[i] = offset(begin + i);
     Vec<C> total[kStrip] = {};
+    constexpr int kHalf = kLength / 2;
+    const bool halves = block % kHalf == 0 && piece % kHalf == 0;  // which then lie together
     if (left == kStrip * kLength && block % kLength == 0 && piece == kLength && packed) {
       pack_vectors<kStrip>(packed, total, source, begin, offsets, first, count);
     } else {
@@ -87,6 +103,11 @@ struct ColumnPack {
           __builtin_memcpy(vector, &bits, sizeof vector);
           if (!packed) continue;
           Element* to = packed + t / Op::kPack * piece;
+          if (halves && left - v * kLength >= kLength) {
+            for (int l = 0; l < kLength; l += kHalf)
+              __builtin_memcpy(to + offsets[v * kLength + l], vector + l, kHalf * sizeof(Element));
+            continue;
+          }
           for (int l = 0; l < smaller(kLength, left - v * kLength); ++l) to[offsets[v * kLength + l]] = vector[l];
         }
     }
@@ -151,6 +172,9 @@ struct Outer {
   PlainSource<T> input;
   T *dvalues, *dbias;
 
+  // Where a vector is twice as long as a narrow block, two of them share it.
+  static constexpr bool kHalves = kVectorBytes == 64 && sizeof(C) == 4;
+
   int64_t room, groups, group_blocks;  // tokens of a chunk; groups of columns of blocks, and how many each has
   ColumnPack<T> left, right;
 
@@ -165,8 +189,8 @@ struct Outer {
       : p(p), index(index), gradient(gradient), input(input), dvalues(dvalues), dbias(dbias) {
     room = smaller(kTokens, ceil_div(p.tokens, Op::kPack) * Op::kPack);
     left = {p.out, p.bo, steps<Op>(room), p.bo % kLength == 0 && kLength % kRows == 0 ? kLength : kRows};
-    right = {p.in, p.bi, steps<Op>(room), kLength};
-    const int64_t block_bytes = right.pieces() * kLength * right.room * int64_t(sizeof(Element));
+    right = {p.in, p.bi, steps<Op>(room), kHalves && p.bi % kLength == kLength / 2 ? kLength / 2 : kLength};
+    const int64_t block_bytes = right.pieces() * right.piece * right.room * int64_t(sizeof(Element));
     group_blocks = smaller(index.columns, larger(1, kColumnBytes / block_bytes));
     groups = ceil_div(index.columns, group_blocks);
   }
@@ -253,34 +277,52 @@ struct Outer {
   void run(int64_t row, int64_t entry, int64_t group, const Element* lefts, const Element* rights, C* sums, int64_t k,
            bool fresh, bool last) const {
     const int64_t end = index.row_start[row + 1], limit = (group + 1) * group_blocks, each = right.pieces();
-    const Element* columns[kVectors];
-    Target targets[kVectors];
+    const int in_vector = int(kLength / right.piece), most = kVectors * in_vector;
+    const Element* columns[2 * kVectors];
+    Target targets[2 * kVectors];
     int count = 0;
+    auto flush = [&] {
+      if (count == 0) return;
+      // Halves that are missing are those of the first, and are dropped.
+      for (int i = count; i < most; ++i) columns[i] = columns[0];
+      const int vectors = int(ceil_div(count, in_vector));
+      if constexpr (kHalves) {
+        if (in_vector == 2) {
+          if (vectors == 3) run_tiles<3, 2>(row, columns, targets, count, lefts, sums, k, fresh, last);
+          if (vectors == 2) run_tiles<2, 2>(row, columns, targets, count, lefts, sums, k, fresh, last);
+          if (vectors == 1) run_tiles<1, 2>(row, columns, targets, count, lefts, sums, k, fresh, last);
+          count = 0;
+          return;
+        }
+      }
+      if (vectors == 3) run_tiles<3, 1>(row, columns, targets, count, lefts, sums, k, fresh, last);
+      if (vectors == 2) run_tiles<2, 1>(row, columns, targets, count, lefts, sums, k, fresh, last);
+      if (vectors == 1) run_tiles<1, 1>(row, columns, targets, count, lefts, sums, k, fresh, last);
+      count = 0;
+    };
     for (int64_t e = entry; e < end && index.column[e] < limit; ++e)
       for (int64_t piece = 0; piece < each; ++piece) {
-        columns[count] = right.at(rights, index.column[e], piece * kLength);
+        columns[count] = right.at(rights, index.column[e], piece * right.piece);
         targets[count++] = {e, piece, index.column[e] == index.columns - 1};
-        if (count < kVectors) continue;
-        run_tiles<kVectors>(row, columns, targets, lefts, sums, k, fresh, last);
-        count = 0;
+        if (count == most) flush();
       }
-    if (count == 2) run_tiles<2>(row, columns, targets, lefts, sums, k, fresh, last);
-    if (count == 1) run_tiles<1>(row, columns, targets, lefts, sums, k, fresh, last);
+    flush();
   }
 
-  template <int NV>
-  __attribute__((noinline)) void run_tiles(int64_t row, const Element* const* columns, const Target* targets,
+  template <int NV, int P>
+  __attribute__((noinline)) void run_tiles(int64_t row, const Element* const* columns, const Target* targets, int count,
                                            const Element* lefts, C* sums, int64_t k, bool fresh, bool last) const {
     const int64_t rows_there = smaller(p.bo, p.out - row * p.bo);
+    constexpr int64_t kPiece = kLength / P;
     for (int64_t first = 0; first < p.bo; first += kRows) {
       C result[kRows * NV * kLength];
       const int64_t rows = smaller(kRows, p.bo - first);
-      outer_tile<Op, kRows, NV>(result, left.at(lefts, row, first), left.piece, columns, k);
+      outer_tile<Op, kRows, NV, P>(result, left.at(lefts, row, first), left.piece, columns, k);
       for (int64_t i = 0; i < rows; ++i)
-        for (int j = 0; j < NV; ++j) {
-          const int64_t column = targets[j].piece * kLength, width = p.bi - column;
+        for (int j = 0; j < count; ++j) {
+          const int64_t column = targets[j].piece * kPiece, width = smaller(kPiece, p.bi - column);
           const int64_t at = (targets[j].slot * p.bo + first + i) * p.bi + column;
-          V sum = load(result + (i * NV + j) * kLength);
+          V sum = load_some(result + i * NV * kLength + j * kPiece, width);
           // Past the end of the weight there is nothing, whatever the lanes hold.
           if (first + i >= rows_there) sum = V{};
           if (targets[j].last_column && p.in % p.bi) {
@@ -289,14 +331,14 @@ struct Outer {
               if (l >= there) sum[l] = 0;
           }
           if (sums) {
-            if (!fresh) sum += load_first(sums + at, width);
+            if (!fresh) sum += load_some(sums + at, width);
             if (last)
-              store_first(dvalues + at, sum, width);
+              store_some(dvalues + at, sum, width);
             else
-              store_first(sums + at, sum, width);
+              store_some(sums + at, sum, width);
           } else {
-            if (!fresh) sum += load_first(dvalues + at, width);
-            store_first(dvalues + at, sum, width);
+            if (!fresh) sum += load_some(dvalues + at, width);
+            store_some(dvalues + at, sum, width);
           }
         }
     }

@@ -37,6 +37,10 @@ template <class T>
 PYEFF_INLINE auto load_step(const T* p, int64_t count) {
   using Step = DotStep<T>;
   if (count >= Step::kLength) return Step::load_vector(p);
+#if defined(__AVX512BF16__)
+  if constexpr (Step::kLength == 32) return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << count) - 1), p);
+#endif
+  if constexpr (Step::kLength == kLanes<Compute<T>>) return load_some(p, count);
   T padded[Step::kLength] = {};
   __builtin_memcpy(padded, p, size_t(count) * sizeof(T));
   return Step::load_vector(padded);
@@ -84,7 +88,7 @@ __attribute__((noinline)) void small_rows(Compute<T>* sums, const T* values, int
     for (int64_t r = 0; r < k; ++r, from += bi) {
       Vec<C> vector[NV];
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) vector[j] = load_first(from + j * lanes, width - j * lanes);
+      for (int j = 0; j < NV; ++j) vector[j] = load_some(from + j * lanes, width - j * lanes);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t)
 #pragma GCC unroll 2

@@ -16,6 +16,37 @@ PYEFF_INLINE Vec<C> activate(Vec<C> z) {
   return z;
 }
 
+// load_first and store_first, without a branch for each number where the instruction set has masks.
+template <class T>
+PYEFF_INLINE Vec<Compute<T>> load_some(const T* p, int64_t count) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (count >= kLanes<Compute<T>>) return load(p);
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) return DoubleV(_mm512_maskz_loadu_pd(__mmask8(mask), p));
+  if constexpr (sizeof(T) == 4) return FloatV(_mm512_maskz_loadu_ps(__mmask16(mask), p));
+  if constexpr (sizeof(T) == 2)
+    return bit_cast<FloatV>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(mask), p)), 16));
+#else
+  return load_first(p, count);
+#endif
+}
+template <class T>
+PYEFF_INLINE void store_some(T* p, Vec<Compute<T>> v, int64_t count) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (count >= kLanes<Compute<T>>) return store(p, v);
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8(mask), __m512d(v));
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16(mask), __m512(v));
+  if constexpr (sizeof(T) == 2) {
+    T numbers[kLanes<Compute<T>>];
+    store(numbers, v);
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
+  }
+#else
+  store_first(p, v, count);
+#endif
+}
+
 // Rows of [tokens, width].
 template <class T>
 struct PlainSource {

@@ -224,17 +224,28 @@ struct Sweep {
           store_first(to + i, load_first(from + r * inner_block + i, count - i), count - i);
         to += count;
       } else {
-        for (int64_t p = 0; p < inner.steps; ++p, to += rows) {
-          const T* one = from + p * Op::kPack * block + r;
-          if (p * Op::kPack >= k) continue;
-          for (int i = 0; i < rows; ++i) {
-            if constexpr (Op::kPack == 1)
-              to[i] = widen(one[i]);
-            else
-              to[i] = pair_bits(one[i], 2 * p + 1 < k ? one[block + i] : T{});
-          }
+        const int64_t whole = k / Op::kPack;
+        if (rows == kRows) {
+          for (int64_t p = 0; p < whole; ++p) pair_rows<kRows>(to + p * kRows, from + p * Op::kPack * block + r, kRows);
+        } else {
+          for (int64_t p = 0; p < whole; ++p) pair_rows<0>(to + p * rows, from + p * Op::kPack * block + r, rows);
         }
+        // An odd row stands alone.
+        if constexpr (Op::kPack == 2)
+          for (int i = 0; k % 2 && i < rows; ++i) to[whole * rows + i] = pair_bits(from[(k - 1) * block + r + i], T{});
+        to += inner.steps * rows;
       }
+    }
+  }
+
+  // One step of K of `count` (kCount, unless that is 0) neighbouring outputs.
+  template <int kCount>
+  PYEFF_INLINE void pair_rows(Element* to, const T* from, int count) const {
+    for (int i = 0; i < (kCount ? kCount : count); ++i) {
+      if constexpr (Op::kPack == 1)
+        to[i] = widen(from[i]);
+      else
+        to[i] = pair_bits(from[i], from[block + i]);
     }
   }
 

@@ -29,6 +29,10 @@ class Launches {
   void run(const char* name, void (*kernel)(P), const Grid& grid, int threads, int shared_bytes, const P& params,
            int cluster = 1) {
     if (error || grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
+    if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
+      error = "more blocks are needed than a grid has";
+      return;
+    }
     Launch how;
     how.grid_x = static_cast<int>(grid.x), how.grid_y = static_cast<int>(grid.y), how.grid_z = static_cast<int>(grid.z);
     how.threads = threads, how.cluster = cluster, how.shared_bytes = shared_bytes;

@@ -93,7 +93,9 @@ PYEFF_DEVICE float activated(float z, TicketActivation activation) {
 PYEFF_DEVICE float activation_gradient(float grad, float saved, TicketActivation activation) {
   if (activation == TicketActivation::relu) return saved <= 0.0f ? 0.0f : grad;
   const float share = 0.5f * (1.0f + erff(saved * 0.70710678118654752f));
-  return grad * (share + saved * 0.39894228040143268f * expf(-0.5f * saved * saved));
+  const float density = 0.39894228040143268f * expf(-0.5f * saved * saved);
+  // Infinity, which float16 makes of large numbers, times a density of zero would be NaN.
+  return grad * (density == 0.0f ? share : share + saved * density);
 }
 
 // A tile of the product: what every kernel of it is given.

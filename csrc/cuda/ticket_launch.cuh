@@ -18,8 +18,9 @@ constexpr int64_t kTicketGroup = 8192;
 
 static_assert(TicketTile<float, 64>::kShared <= kSharedAnywhere && TicketTile<bf16, 128>::kShared <= kSharedAnywhere,
               "");
-static_assert(2 * TicketWgmmaTile<64>::kShared <= kSharedHopper && 2 * TicketWgmmaTile<128>::kShared <= kSharedHopper,
-              "");
+static_assert(2 * TicketWgmmaTile<128, 64>::kShared <= kSharedHopper, "");
+static_assert(2 * TicketWgmmaTile<128, 128>::kShared <= kSharedHopper, "");
+static_assert(TicketWgmmaTile<256, 128>::kShared <= kSharedHopper, "");
 
 // The two sides of a problem's index.
 inline TicketSide row_side(const TicketProblem& p) {
@@ -52,15 +53,31 @@ TicketProductParams ticket_params(const TicketProblem& p, const void* rows, int6
 }
 
 template <class T, bool Transposed, int N>
-void run_ticket_tile(const TicketProductParams& p, const Grid& grid, const Machine& machine, Launches& launches) {
+void run_ticket_tile(TicketProductParams p, const Machine& machine, Launches& launches) {
+  p.parts = div_up(p.columns, N);
+  const auto grid = [&](int rows) {
+    p.group = static_cast<int>(kTicketGroup / rows);
+    return Grid{div_up(p.tokens, int64_t{rows}) * p.side.lines * p.parts};
+  };
   if constexpr (sizeof(T) == 2) {
+    using Tile = TicketWgmmaTile<128, N>;
+    if constexpr (N == 128) {
+      using Large = TicketWgmmaTile<256, N>;
+      // The larger tile reads less; there must be one for each multiprocessor.
+      if (machine.wgmma && p.tokens > Tile::kRows && grid(Large::kRows).x >= machine.processors) {
+        launches.run("ticket_product_wgmma", ticket_product_wgmma<T, Transposed, Large::kRows, N>, grid(Large::kRows),
+                     kThreads, Large::kShared, p);
+        return;
+      }
+    }
     if (machine.wgmma) {
-      launches.run("ticket_product_wgmma", ticket_product_wgmma<T, Transposed, N>, grid, kThreads,
-                   TicketWgmmaTile<N>::kShared, p);
+      launches.run("ticket_product_wgmma", ticket_product_wgmma<T, Transposed, Tile::kRows, N>, grid(Tile::kRows),
+                   kThreads, Tile::kShared, p);
       return;
     }
   }
-  launches.run("ticket_product", ticket_product<T, Transposed, N>, grid, kThreads, TicketTile<T, N>::kShared, p);
+  using Tile = TicketTile<T, N>;
+  launches.run("ticket_product", ticket_product<T, Transposed, N>, grid(Tile::kRows), kThreads, Tile::kShared, p);
 }
 
 template <class T, bool Transposed, int N>
@@ -77,7 +94,7 @@ bool run_ticket_resident(const TicketProductParams& p, const Machine& machine, L
 }
 
 template <class T, bool Transposed>
-void run_ticket_tiles(TicketProductParams p, const Machine& machine, Launches& launches) {
+void run_ticket_tiles(const TicketProductParams& p, const Machine& machine, Launches& launches) {
   if constexpr (sizeof(T) == 2) {
     if (machine.wgmma && p.tokens >= kTicketManyTokens && p.depth % 16 == 0 && p.rows_aligned && p.values_aligned) {
       if (run_ticket_resident<T, Transposed, 16>(p, machine, launches)) return;
@@ -86,15 +103,10 @@ void run_ticket_tiles(TicketProductParams p, const Machine& machine, Launches& l
     }
   }
   constexpr int kNarrow = sizeof(T) == 2 ? 64 : 32;
-  constexpr int64_t kRows = TicketTile<T, kNarrow>::kRows;
-  const int n = p.columns <= kNarrow ? kNarrow : 2 * kNarrow;
-  p.parts = div_up(p.columns, n);
-  p.group = static_cast<int>(kTicketGroup / kRows);
-  const Grid grid{div_up(p.tokens, kRows) * p.side.lines * p.parts};
-  if (n == kNarrow) {
-    run_ticket_tile<T, Transposed, kNarrow>(p, grid, machine, launches);
+  if (p.columns <= kNarrow) {
+    run_ticket_tile<T, Transposed, kNarrow>(p, machine, launches);
   } else {
-    run_ticket_tile<T, Transposed, 2 * kNarrow>(p, grid, machine, launches);
+    run_ticket_tile<T, Transposed, 2 * kNarrow>(p, machine, launches);
   }
 }
 

@@ -19,9 +19,9 @@ struct TicketTile {
 };
 
 // Fills stages: the rows' numbers under the line's blocks, and the blocks.
-template <class T, bool Transposed, int N>
+template <class T, bool Transposed, int N, int Rows = TicketTile<T, N>::kRows>
 struct TicketCopy {
-  static constexpr int kRows = TicketTile<T, N>::kRows;
+  static constexpr int kRows = Rows;
   const TicketProductParams& p;
   const TicketLine& line;
   int64_t token0;

@@ -30,56 +30,65 @@ PYEFF_DEVICE void run_wgmma(int count, const Load& load, const Use& use) {
   wgmma_wait<0>();
 }
 
-// 128 tokens by N columns, a warpgroup for each half of the tokens.
-template <int N>
+// Tokens by N columns, a warpgroup for each half of the tokens. 256 tokens share the loads of the values, and take a
+// multiprocessor alone.
+template <int Rows, int N>
 struct TicketWgmmaTile {
-  static constexpr int kRows = 128, kStages = N > 64 ? 3 : 4, kStage = (kRows + N) * kRowBytes;
+  static constexpr int kRows = Rows, kTiles = Rows / 128;
+  static constexpr int kStages = Rows == 128 && N > 64 ? 3 : 4, kStage = (kRows + N) * kRowBytes;
   static constexpr int kShared = kStages * kStage;
+  static_assert(TicketStaged<N>::bytes(kRows) <= kShared, "");
 };
 
-template <class T, bool Transposed, int N>
-PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
+template <class T, bool Transposed, int Rows, int N>
+PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, (Rows > 128 ? 1 : 2))
     ticket_product_wgmma(const PYEFF_GRID_CONSTANT TicketProductParams p) {
   if constexpr (kHasWgmma) {
-    using Tile = TicketWgmmaTile<N>;
-    const TicketPlace place(p, Tile::kRows);
+    using Tile = TicketWgmmaTile<Rows, N>;
+    const TicketPlace place(p, Rows);
     if (place.line < 0) return;
     const TicketLine line(p.side, place.line);
-    const int64_t token0 = place.tile * Tile::kRows;
-    const int column0 = place.part * N;
-    float sums[N / 2];
+    const int64_t token0 = place.tile * Rows;
+    const int column0 = place.part * N, row0 = warp() / 4 * (Rows / 2);
+    float sums[Tile::kTiles][N / 2];
+    const auto pin = [&] {
+      PYEFF_UNROLL
+      for (int m = 0; m < Tile::kTiles; ++m) wgmma_pin(sums[m]);
+    };
     run_wgmma<Tile::kStages, Tile::kStage>(
-        div_up(line.count * p.depth, kDepth<T>), TicketCopy<T, Transposed, N>{p, line, token0, column0},
+        div_up(line.count * p.depth, kDepth<T>), TicketCopy<T, Transposed, N, Rows>{p, line, token0, column0},
         [&](const char* stage, bool more) {
           constexpr int kEightRows = 8 * kRowBytes, kPanel = kDepth<T> * kRowBytes;
-          const char* rows = stage + warp() / 4 * (64 * kRowBytes);
-          const char* values = stage + Tile::kRows * kRowBytes;
-          wgmma_pin(sums);
+          const char *rows = stage + row0 * kRowBytes, *values = stage + Rows * kRowBytes;
+          pin();
           wgmma_fence();
           PYEFF_UNROLL
           for (int k = 0; k < kDepth<T>; k += 16) {
-            const uint64_t a = wgmma_descriptor(rows + k * 2, 16, kEightRows);
             const uint64_t b = Transposed ? wgmma_descriptor(values + k * kRowBytes, kPanel, kEightRows)
                                           : wgmma_descriptor(values + k * 2, 16, kEightRows);
-            wgmma<T, N, Transposed>(sums, a, b, more || k > 0);
+            PYEFF_UNROLL
+            for (int m = 0; m < Tile::kTiles; ++m) {
+              const uint64_t a = wgmma_descriptor(rows + m * 64 * kRowBytes + k * 2, 16, kEightRows);
+              wgmma<T, N, Transposed>(sums[m], a, b, more || k > 0);
+            }
           }
         });
-    wgmma_pin(sums);
+    pin();
     // Of a line without blocks there are no sums.
     const bool any = line.count > 0;
     const TicketStaged<N> staged{reinterpret_cast<float*>(shared_memory())};
     barrier();
     PYEFF_UNROLL
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2 * Tile::kTiles; ++i) {
+      const int row = row0 + i / 2 * 64 + warp() % 4 * 16 + i % 2 * 8 + lane() / 4;
       PYEFF_UNROLL
       for (int j = 0; j < N / 8; ++j) {
-        const float* pair = sums + j * 4 + i * 2;
-        staged.put(warp() * 16 + i * 8 + lane() / 4, j * 8 + 2 * (lane() % 4), any ? pair[0] : 0.0f,
-                   any ? pair[1] : 0.0f);
+        const float* pair = sums[i / 2] + j * 4 + i % 2 * 2;
+        staged.put(row, j * 8 + 2 * (lane() % 4), any ? pair[0] : 0.0f, any ? pair[1] : 0.0f);
       }
     }
     barrier();
-    staged.template store<T>(p, Tile::kRows, token0, place.line, column0, thread_index(), kThreads);
+    staged.template store<T>(p, Rows, token0, place.line, column0, thread_index(), kThreads);
   } else {
     trap();
   }

@@ -38,8 +38,9 @@ int main() {
     tiles<bf16, 64>(type);
     tiles<bf16, 128>(type);
   }
-  line("ticket_product_wgmma<*, 64>", kThreads, TicketWgmmaTile<64>::kShared, kWgmmaArch, "wgmma");
-  line("ticket_product_wgmma<*, 128>", kThreads, TicketWgmmaTile<128>::kShared, kWgmmaArch, "wgmma");
+  line("ticket_product_wgmma<*, 128, 64>", kThreads, TicketWgmmaTile<128, 64>::kShared, kWgmmaArch, "wgmma");
+  line("ticket_product_wgmma<*, 128, 128>", kThreads, TicketWgmmaTile<128, 128>::kShared, kWgmmaArch, "wgmma");
+  line("ticket_product_wgmma<*, 256, 128>", kThreads, TicketWgmmaTile<256, 128>::kShared, kWgmmaArch, "wgmma");
   line("ticket_outer_wgmma<*, 64>", kThreads, TicketOuterWgmmaTile<64>::kShared, kWgmmaArch, "wgmma");
   line("ticket_outer_wgmma<*, 128>", kThreads, TicketOuterWgmmaTile<128>::kShared, kWgmmaArch, "wgmma");
   resident<16>();
