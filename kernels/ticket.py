@@ -132,9 +132,9 @@ class Call:
         aligned = all(t.data_ptr() % 16 == 0 for t in (*rows, self.values))
         return even and aligned and side.regular(self.itemsize)
 
-    def tall(self, kernel: str, side: Side, regular: bool, gelu: bool = False) -> tuple[Config, ...]:
-        """The configurations of a product's kernel for blocks of this side."""
-        height = ticket_configs.height(side.own, self.itemsize, regular)
+    def tall(self, kernel: str, side: Side, regular: bool, most: int, gelu: bool = False) -> tuple[Config, ...]:
+        """The configurations of a product's kernel for blocks of this side, no higher than ``most``."""
+        height = ticket_configs.height(side.own, self.itemsize, regular, most)
         return self.choices(f"{kernel}{height}{'_gelu' * (gelu and height == 128)}", regular)
 
     def multiply(
@@ -146,8 +146,11 @@ class Call:
             (config,) = self.choices("ticket_few")
             step, kernel, rows = config.blocks["BLOCK_STEP"], ticket_forward.multiply_few, 4
         else:
+            gelu = activation == "gelu"
+            # Numbers that are stored one by one take registers, and so does gelu.
+            most = 128 if out % 16 == 0 else 32 if gelu else 64
             config = choose(
-                self.tall("ticket_multiply", side, self.regular(side, x), activation == "gelu"),
+                self.tall("ticket_multiply", side, self.regular(side, x), most, gelu),
                 functools.partial(_programs, side, tokens),
                 self.machine.multiprocessors * 3 // 4,
             )
@@ -159,9 +162,9 @@ class Call:
             constants["EVEN"] = constants["WHOLE"] and step <= piece == side.other and side.own % height == 0
         across = side.groups * cdiv(side.own, height)
         # A grid has less than 2^31 programs: more tokens take several launches.
-        most = max(((1 << 31) - 1) // across, 1) * rows
-        for first in range(0, tokens, most):
-            part = slice(first, min(first + most, tokens))
+        turn = max(((1 << 31) - 1) // across, 1) * rows
+        for first in range(0, tokens, turn):
+            part = slice(first, min(first + turn, tokens))
             launch(
                 kernel, (across * cdiv(part.stop - first, rows),), config, x[part], self.values, self.index, bias,
                 y[part], None if z is None else z[part], part.stop - first, *side.counts, *side.places, x.stride(0),
@@ -196,7 +199,7 @@ class Call:
         """The gradient of the living blocks, in strips along the side that has more of them."""
         side = self.rows if self.rows.others >= self.columns.others else self.columns
         own, other = (x, g) if side.columns else (g, x)
-        (config,) = self.tall("ticket_outer", side, self.regular(side, own, other))
+        (config,) = self.tall("ticket_outer", side, self.regular(side, own, other), 128)
         blocks, tokens = config.blocks, g.shape[0]
         constants = side.constants(blocks["BLOCK_N"], self.itemsize, other.shape[1])
         joined = max(blocks["BLOCK_N"] // constants["PIECE"], 1)

@@ -118,11 +118,12 @@ _INTERPRETED: dict[str, tuple[Config, ...]] = {
 KERNELS = (*_HALF, *_SMALL)
 
 
-def height(side: int, itemsize: int, regular: bool) -> int:
-    """BLOCK_M for a block with this own side."""
+def height(side: int, itemsize: int, regular: bool, most: int = HEIGHTS[-1]) -> int:
+    """BLOCK_M for a block with this own side, at most ``most``."""
     if not regular:
         return 32
-    return next(h for h in HEIGHTS if h >= min(side, 64 if itemsize == 4 else 128))
+    most = min(most, 64) if itemsize == 4 else most
+    return next(h for h in HEIGHTS if h >= min(side, most))
 
 
 def choices(kernel: str, arch: int, itemsize: int, regular: bool = True) -> tuple[Config, ...]:

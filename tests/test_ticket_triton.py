@@ -301,6 +301,12 @@ def test_tiles_are_those_of_the_block(kernels):
     for tokens, block, rows in ((8192, 128, 256), (1024, 128, 128), (16, 128, 64), (128, 16, 64), (8192, 16, 256)):
         (forward,), _ = launches(kernels, tokens, block, activation="none")
         assert forward.constants["BLOCK_N"] == rows, (tokens, block)
+    # What takes registers at the end leaves fewer for the tile.
+    (forward,), _ = launches(kernels, 8192, 128, activation="gelu")
+    assert forward.config.name == "ticket_multiply128_gelu/large"
+    for activation, height in (("none", 64), ("gelu", 32)):
+        (forward,), _ = launches(kernels, 8192, 128, shape=(3080, 768), activation=activation)
+        assert forward.config.name == f"ticket_multiply{height}/large"
     (few,), _ = launches(kernels, 15)
     assert few.config.name == "ticket_few/rows"
     assert few.grid == (96 * (32 // few.constants["BLOCK_M"]) * 4,)
