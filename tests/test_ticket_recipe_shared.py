@@ -48,11 +48,11 @@ def test_files_of_a_layer_in_two_places(tmp_path):
         assert torch.equal(target(x), expected)
         assert (target[0] is target[2][0]) == (target is not apart)
     smaller = ticket.select(apart, 0.25, include="^0$")
-    with pytest.raises(ValueError, match="install: 2.0 and 0 are one layer with two tickets"):
+    with pytest.raises(ValueError, match=r"install: 2\.0 and 0 are one layer with two tickets"):
         ticket.install(other, smaller | {"2.0": other[0].ticket})
     ticket.install(apart, smaller)
     ticket.save(apart, path)
-    with pytest.raises(ValueError, match="2.0 and 0 are one layer, expected one ticket for both"):
+    with pytest.raises(ValueError, match=r"2\.0 and 0 are one layer, expected one ticket for both"):
         ticket.load(twin, path)
     assert torch.equal(twin(x), expected)
 
