@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyeff.nn import TicketLinear
+from pyeff.recipes import _ticket_fast_path
 from pyeff.recipes._stacks import find_stacks, resolve
 
 Prunable = nn.Linear | TicketLinear
@@ -100,6 +101,9 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+    # Stacks of layers know of tickets only when these are there: hence after all.
+    for parent in model.modules():
+        _ticket_fast_path.refresh(parent)
 
 
 def backbone(model: nn.Module, heads: Sequence[str | nn.Module] | None) -> dict[str, Tensor]:
