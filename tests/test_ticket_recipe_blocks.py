@@ -174,6 +174,41 @@ def test_regrouping_finds_planted_blocks():
     assert after > 0.99
 
 
+class FeedForward(nn.Module):
+    """What some encoders have: something between the two layers that knows the hidden units by their place."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.fc1, self.between, self.fc2 = nn.Linear(32, 64), between, nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.fc2(self.between(self.fc1(x).relu()))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.LayerNorm(64), nn.BatchNorm1d(64, affine=False), nn.GroupNorm(4, 64, affine=False), nn.PReLU(64),
+        nn.Sequential(nn.LayerNorm(64)),
+    ],
+    ids=lambda between: type(between).__name__,
+)  # fmt: skip
+def test_units_that_something_else_knows_by_place_stay(between):
+    torch.manual_seed(0)
+    model = nn.Sequential(FeedForward(between), FeedForward(nn.LayerNorm(64, elementwise_affine=False))).eval()
+    with torch.no_grad():
+        for t in (*between.parameters(), *between.buffers()):
+            if t.is_floating_point():
+                t.copy_(torch.rand_like(t) + 0.5)
+    x = torch.randn(5, 32)
+    before = model(x)
+    found = ticket.regroup(model, 8)
+    assert list(found.retained) == ["1.feed-forward"]  # there, nothing has a number for a unit
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="and nothing else of their width"):
+        ticket.regroup(model[0], 8)
+
+
 def test_regrouping_helps_a_mask_to_become_blocks():
     model = classifier("bert")
     masked(model, 0.3)

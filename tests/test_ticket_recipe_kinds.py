@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
+from pyeff.nn import TicketLinear
 from pyeff.recipes import ticket
 from tests.ticket_models import KINDS, build
 
@@ -36,3 +40,33 @@ def test_all_kinds_of_models(kind):
         torch.testing.assert_close(model(**kwargs).last_hidden_state, pruned, rtol=1e-4, atol=1e-5)
         ticket.to_dense(model)
         torch.testing.assert_close(model(**kwargs).last_hidden_state, pruned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_torchs_encoder_calls_its_tickets_without_gradients(fused, nested):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, "gelu", batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+    dense = copy.deepcopy(model)
+    x, mask = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    ticket.prune(model, density=0.5, block=8)
+    expected = ticket.to_dense(copy.deepcopy(model))
+    if fused:
+        ticket.fuse_activations(model)
+    calls = []
+    for m in model.modules():
+        if isinstance(m, TicketLinear):
+            # Not a hook, since hooks alone keep torch from its short cut.
+            m.forward = lambda x, m=m: calls.append(1) or TicketLinear.forward(m, x)
+    with torch.no_grad():
+        found = model(x, src_key_padding_mask=mask)
+        assert len(calls) == 4
+        living = ~mask  # what is padding is zero in torch's nested tensors, and anything elsewhere
+        torch.testing.assert_close(found[living], expected(x, src_key_padding_mask=mask)[living], rtol=1e-5, atol=1e-6)
+    ticket.to_dense(model)
+    for ours, theirs in ((model, dense), (expected, dense)):
+        switches = [(m.activation_relu_or_gelu, sorted(vars(m))) for m in ours.layers]
+        assert switches == [(m.activation_relu_or_gelu, sorted(vars(m))) for m in theirs.layers]
+        assert (ours.use_nested_tensor, sorted(vars(ours))) == (theirs.use_nested_tensor, sorted(vars(theirs)))

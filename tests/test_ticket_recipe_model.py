@@ -131,7 +131,7 @@ def test_activations_of_torchs_own_layers(activation):
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
     assert len(ticket.split_activations(model)) == 2
     assert [layer.activation for layer in model.layers] == functions
-    with torch.no_grad():  # what it does without gradients, by the weights
+    with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), before, rtol=1e-5, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -44,7 +45,8 @@ def fuse_activations(model: nn.Module, only: Sequence[str] | None = None) -> lis
 
     Args:
         model (Module): changed in place; its own code stays. Of Hugging Face's encoders and of
-            torch.nn.TransformerEncoderLayer the feed-forward layers, and neighbours in a torch.nn.Sequential.
+            torch.nn.TransformerEncoderLayer the feed-forward layers, and neighbours in a torch.nn.Sequential. A ticket
+            that stands in several places stays: not in all of them the activation is behind it.
         only (sequence of str, optional): the paths of the tickets to change. Default: all.
 
     Returns:
@@ -61,11 +63,12 @@ def fuse_activations(model: nn.Module, only: Sequence[str] | None = None) -> lis
         ('gelu', ['0'])
     """
     fused = []
+    places = collections.Counter(id(child) for m in model.modules() for child in m._modules.values())
     for path, owner in list(model.named_modules()):
         for name, behind in _neighbours(owner):
             layer, activation = getattr(owner, name), getattr(owner, behind)
             where, kind = f"{path}.{name}" if path else name, _kind(activation)
-            if not isinstance(layer, TicketLinear) or layer.activation or not kind:
+            if not isinstance(layer, TicketLinear) or layer.activation or not kind or places[id(layer)] > 1:
                 continue
             if only is None or where in only:
                 layer.activation = kind

@@ -21,10 +21,13 @@ _VERSION = 1
 
 
 def _parts(model: nn.Module) -> tuple[dict[str, TicketLinear], dict[str, str]]:
-    """Every ticket by the path that it has when nothing is fused, and the fused attentions with their layer's path."""
+    """Every ticket by the path that it has when nothing is fused, and the fused attentions with their layer's path.
+
+    What stands in several places has several paths, as in the state dict.
+    """
     layers: dict[str, TicketLinear] = {}
     fused: dict[str, str] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         parts = {name: m for name, m in module.named_children() if isinstance(m, Projection)}
         if parts:
             shared = next(iter(parts.values())).shared
@@ -95,7 +98,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     if not layers:
         raise ValueError(f"save: the {type(model).__name__} has no ticket, expected a pruned model")
     config: dict[str, Any] = {"recipe": "ticket", "version": _VERSION, "fused": sorted(fused), "layers": {}}
-    config["activations"] = sorted(where for where, *_ in applied(model))
+    behind = {id(layer) for _, layer, *_ in applied(model)}
+    config["activations"] = sorted(name for name, layer in layers.items() if id(layer) in behind)
     for name, layer in layers.items():
         config["layers"][name] = {
             "shape": [layer.out_features, layer.in_features],
@@ -140,8 +144,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     _check(model, state, found, where)
     split_qkv(model)
     split_activations(model)
-    for name, module in dict(model.named_modules()).items():
-        if isinstance(module, TicketLinear) and name not in found:
+    kept = {id(module) for name, module in model.named_modules(remove_duplicate=False) if name in found}
+    for module in list(model.modules()):
+        if isinstance(module, TicketLinear) and id(module) not in kept:
             replace(model, module, module.to_linear())
     install(model, found)
     for name in found:
@@ -185,8 +190,12 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], found: Mapping[str, Ti
     ]  # fmt: skip
     if wrong:
         raise ValueError(f"{where} does not fit: {'; '.join(wrong[:6])}")
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first: dict[int, str] = {}
     for name in found:
         if name in modules and not isinstance(modules[name], nn.Linear | TicketLinear | Projection):
             came = type(modules[name]).__name__
             raise ValueError(f"{where} does not fit: {name} is a {came}, expected a linear layer")
+        other = first.setdefault(id(modules.get(name, found[name])), name)
+        if found[name] != found[other]:
+            raise ValueError(f"{where} does not fit: {name} and {other} are one layer, expected one ticket for both")

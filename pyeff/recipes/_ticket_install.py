@@ -121,7 +121,8 @@ def install(
 
     Args:
         model (Module): changed in place.
-        tickets (mapping): path of a torch.nn.Linear or TicketLinear to its Ticket.
+        tickets (mapping): path of a torch.nn.Linear or TicketLinear to its Ticket. A layer that stands in several
+            places may be named by any of its paths.
         weights (mapping, optional): by path, the dense weights [out, in] that new blocks take their values from, and
             all blocks with ``rewind``. Default: of a linear layer its own (under a mask, its ``weight_orig``), of a
             ticket zeros.
@@ -144,7 +145,8 @@ def install(
         >>> optimizer.state[model[0].values]["exp_avg"].shape == model[0].values.shape
         True
     """
-    modules, optimizers, weights = dict(model.named_modules()), list(optimizers), weights or {}
+    modules, optimizers, weights = dict(model.named_modules(remove_duplicate=False)), list(optimizers), weights or {}
+    first: dict[int, str] = {}
     for name, ticket in tickets.items():
         module = modules.get(name)
         if module is None or not is_prunable(module):
@@ -154,12 +156,15 @@ def install(
         shape = (module.out_features, module.in_features)
         if not isinstance(ticket, Ticket) or ticket.shape != shape:
             raise ValueError(f"install: the ticket of {name} is {ticket!r}, expected a pyeff.Ticket of {list(shape)}")
+        other = first.setdefault(id(module), name)
+        if ticket != tickets[other]:
+            raise ValueError(f"install: {name} and {other} are one layer with two tickets, expected the same for both")
         if name in weights and tuple(weights[name].shape) != shape:
             raise ValueError(
                 f"install: the weight of {name} has shape {list(weights[name].shape)}, expected {list(shape)}"
             )
-    for name, ticket in tickets.items():
-        fill = weights.get(name)
+    for name in first.values():
+        fill, ticket = weights.get(name), tickets[name]
         layer: Any = modules[name]
         if isinstance(layer, TicketLinear):
             layer.set_ticket(ticket, fill, rewind=rewind and fill is not None, optimizers=optimizers)

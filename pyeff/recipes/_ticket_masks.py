@@ -31,7 +31,7 @@ def mask(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         >>> sorted(name for name, _ in model[0].named_parameters()), int(model[0].weight.count_nonzero())
         (['bias', 'weight_orig'], 4)
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, m in masks.items():
         module = modules.get(name)
         if type(module) is not nn.Linear:

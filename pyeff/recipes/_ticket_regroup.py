@@ -71,8 +71,9 @@ def regroup(model: nn.Module, block: int | Sequence[int] = 32, *, density: float
     The units of a feed-forward layer may stand in any order, if the rows that make them, their biases, and the columns
     that read them move together. So may the inner dimensions of each head, the same for query and key, and the same for
     value and output, and with blocks larger than a head, the heads. The sums over them are rounded in another order;
-    nothing else changes. The method is that of Coarsening the Granularity (2022, arXiv 2202.04736) in kind: our
-    grouping is by exchange against the kept blocks.
+    nothing else changes. Units stay as they are where anything beside these layers has numbers of their width, such as
+    a norm between the two of a feed-forward layer. The method is that of Coarsening the Granularity (2022, arXiv
+    2202.04736) in kind: our grouping is by exchange against the kept blocks.
 
     Args:
         model (Module): linear layers, or layers masked by :func:`mask`, whose survivors then count; changed in place.
@@ -129,7 +130,8 @@ def regroup(model: nn.Module, block: int | Sequence[int] = 32, *, density: float
     if not found:
         raise ValueError(
             f"regroup: nothing in the {type(model).__name__} has hidden units that fill blocks of {bo} x {bi}, "
-            "expected feed-forward layers or attentions of known names, of linear layers"
+            "expected feed-forward layers or attentions of known names, of linear layers, "
+            "and nothing else of their width"
         )
     return Regrouping(orders, gains)
 
@@ -143,6 +145,8 @@ def _units(model: nn.Module, bo: int, bi: int) -> Iterator[_Units]:
             if below is None or any(up is None for up in above):
                 continue
             hidden = below.in_features
+            if any(_tells_apart(layer, (*ups, down), (*above, below), {hidden})):
+                continue
             if all(up is not None and up.out_features == hidden for up in above) and hidden % size == 0:
                 rows = [(prefix + name, up) for name, up in zip(ups, above, strict=True)]
                 yield _Units(prefix + "feed-forward", rows, [(prefix + down, below)], [range(hidden)])
@@ -153,6 +157,8 @@ def _units(model: nn.Module, bo: int, bi: int) -> Iterator[_Units]:
                 continue
             named = dict(zip("qkvo", ((prefix + n, m) for n, m in zip(names, (q, k, v, o), strict=True)), strict=True))
             inner = v.out_features // heads
+            if any(_tells_apart(layer, names[:3], (q, k, v, o), {inner, v.out_features})):
+                continue
             if inner % size == 0 and inner > size:
                 each = [range(h * inner, (h + 1) * inner) for h in range(heads)]
                 yield _Units(prefix + "query and key", [named["q"], named["k"]], [], each)
@@ -160,6 +166,24 @@ def _units(model: nn.Module, bo: int, bi: int) -> Iterator[_Units]:
             elif size % inner == 0 and size > inner and heads % (size // inner) == 0:
                 rows = [named["q"], named["k"], named["v"]]
                 yield _Units(prefix + "heads", rows, [named["o"]], [range(heads)], inner)
+
+
+def _tells_apart(layer: nn.Module, paths: Sequence[str], known: Sequence[Any], widths: set[int]) -> Iterator[bool]:
+    """Whether something else beside the layers may treat each unit in its own way, for each thing that has a width.
+
+    A norm with weights, a convolution over the units or a group norm between the layers would meet units in another
+    order. Where it is called cannot be seen from outside, so that its width alone decides.
+    """
+    owner = layer
+    for names in zip(*(path.split(".")[:-1] for path in paths), strict=False):
+        if len(set(names)) > 1:
+            break
+        owner = getattr(owner, names[0])
+    for module in owner.modules():
+        if not any(module is one for one in known):
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            yield any(t is not None and not widths.isdisjoint(t.shape) for t in tensors)
+            yield getattr(module, "num_channels", None) in widths
 
 
 def _profile(units: _Units, bo: int, bi: int) -> Tensor:

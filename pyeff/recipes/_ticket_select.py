@@ -50,15 +50,16 @@ def densities(density: float, schedule: str, rounds: int | None) -> list[float]:
 
 def _keep(scores: Tensor, sizes: Tensor, allowed: Tensor, budget: float) -> Tensor:
     """The best of a list whose sizes come nearest to a budget: bool, never where not ``allowed``. Ties: the first."""
-    scores = scores.masked_fill(~allowed, -math.inf)
+    # Only these are ranked at all: no score is so low that it could stand for "not allowed".
+    scores, sizes = scores[allowed], sizes[allowed]
     if bool((sizes == 1).all()):
-        return _largest(scores, min(max(math.ceil(budget + 0.5) - 1, 0), int(allowed.sum())))
-    order = torch.argsort(scores, descending=True, stable=True)
-    size = sizes[order].double()
-    taken = (size.cumsum(0) - size / 2 < budget) & allowed[order]
-    keep = torch.zeros_like(allowed)
-    keep[order] = taken
-    return keep
+        best = _largest(scores, min(max(math.ceil(budget + 0.5) - 1, 0), len(scores)))
+    else:
+        order = torch.argsort(scores, descending=True, stable=True)
+        size = sizes[order].double()
+        best = torch.zeros_like(scores, dtype=torch.bool)
+        best[order] = size.cumsum(0) - size / 2 < budget
+    return torch.zeros_like(allowed).masked_scatter_(allowed, best)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
@@ -228,6 +229,10 @@ def project(mask, weight, block, *, density=None, scope="global", floor=0.0):
     densities(density, "one_shot", None)
     block = pair(block)
     magnitude = {name: weights[name].detach().float().abs() for name in masks}
+    for name, worth in magnitude.items():
+        if not bool(worth.isfinite().all()):
+            label = f" of {name}" if name else ""
+            raise ValueError(f"project: weight{label} has NaN or infinity, expected finite numbers")
     scores = {name: block_means(magnitude[name] * m, block) for name, m in masks.items()}
     sizes = {name: block_sizes(m.shape, block, m.device) for name, m in masks.items()}
     found = {}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyeff.nn import TicketLinear
+from pyeff.recipes import _ticket_fast_path
 from pyeff.recipes._stacks import find_stacks, resolve
 
 Prunable = nn.Linear | TicketLinear
@@ -100,6 +101,9 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+    # Stacks of layers know of tickets only when these are there: hence after all.
+    for parent in model.modules():
+        _ticket_fast_path.refresh(parent)
 
 
 def backbone(model: nn.Module, heads: Sequence[str | nn.Module] | None) -> dict[str, Tensor]:
@@ -136,14 +140,16 @@ def element_scores(score: Callable[[str, Any], Tensor] | None, name: str, layer:
     """What each element of a weight is worth: its magnitude, or what the caller's function says.
 
     Raises:
-        ValueError: the function gives another shape, or not a number for every element.
+        ValueError: the function gives another shape; a number is NaN or infinite, which no order can be made of.
     """
-    if score is None:
-        return dense_weight(layer).float().abs()
-    found, shape = score(name, layer), (layer.out_features, layer.in_features)
+    shape = (layer.out_features, layer.in_features)
+    found = dense_weight(layer).float().abs() if score is None else score(name, layer)
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         came = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise ValueError(f"score gives {came} for {name}, expected a tensor {list(shape)}")
-    if bool(found.isnan().any()):
-        raise ValueError(f"score gives NaN for {name}, expected numbers")
-    return found.detach().float()
+    found = found.detach().float()
+    if not bool(found.isfinite().all()):
+        bad = "NaN" if bool(found.isnan().any()) else "infinity"
+        whose = f"the weight of {name} has {bad}" if score is None else f"score gives {bad} for {name}"
+        raise ValueError(f"{whose}, expected finite numbers")
+    return found

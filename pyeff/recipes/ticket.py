@@ -188,7 +188,9 @@ def blockify(
         >>> ticket.blockify(model, block=8, density=0.25).density
         0.25
     """
-    found = masks(model)
+    once = dict(model.named_modules())
+    # The state dict names a shared layer once for each place.
+    found = {name: m for name, m in masks(model).items() if name in once}
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in found}
     originals = {name: layer.weight_orig.detach().clone() for name, layer in layers.items()}
     projected = project(found, originals, block, density=density, scope=scope, floor=floor)
