@@ -204,6 +204,12 @@ REFUSED = {
         lambda: Ticket.from_sparse_bsr(torch.ones(2, 8, 8).to_sparse_bsr(4)), "[2, 8, 8]", "expected", "matrix",
     ),
     "bsr none at all": (lambda: Ticket.from_sparse_bsr(None), "t is a NoneType", "expected"),
+    "bsr with a column before all": (lambda: Ticket.from_sparse_bsr(bsr((0, 2, -1))), "a column of t", "0 to 2"),
+    "bsr with a column past all": (lambda: Ticket.from_sparse_bsr(bsr((0, 9, 1))), "a column of t", "0 to 2"),
+    "bsr with rows that fall": (lambda: Ticket.from_sparse_bsr(bsr(start=(0, 4, 3))), "crow_indices", "from 0 to 3"),
+    "bsr that begins late": (lambda: Ticket.from_sparse_bsr(bsr(start=(1, 2, 3))), "crow_indices", "from 0 to 3"),
+    "bsr that ends early": (lambda: Ticket.from_sparse_bsr(bsr(start=(0, 1, 2))), "crow_indices", "from 0 to 3"),
+    "bsr with a row too many": (lambda: Ticket.from_sparse_bsr(bsr(start=(0, 1, 2, 3))), "crow_indices", "expected 3"),
     "bsr out of order": (lambda: Ticket.from_sparse_bsr(bsr((2, 0, 1))), "columns of t do not ascend"),
     "bsr with a block twice": (lambda: Ticket.from_sparse_bsr(bsr((1, 1, 0))), "columns of t do not ascend"),
     "gather of another shape": (
