@@ -160,6 +160,11 @@ def test_equality():
         assert ticket != other
     with pytest.raises(TypeError, match="unhashable"):
         hash(ticket)
+    nowhere = ticket.to("meta")
+    assert nowhere == nowhere.to("meta")
+    assert ticket != nowhere
+    assert nowhere != ticket
+    assert nowhere != ticket.to("meta")
 
 
 def test_repr():
@@ -182,6 +187,8 @@ REFUSED = {
     "block no integer": (lambda: Ticket.from_mask(MASK, 8.0), "block is 8.0", "expected"),
     "block a text": (lambda: Ticket.from_mask(MASK, "16"), "block is '16'", "expected"),
     "block None": (lambda: Ticket.from_mask(MASK, None), "block is None", "expected"),
+    "block True": (lambda: Ticket.from_mask(MASK, True), "block is True", "expected"),
+    "block of a bool": (lambda: Ticket.from_mask(MASK, (8, True)), "block is (8, True)", "expected"),
     "mask of floats": (lambda: Ticket.from_mask(MASK.float(), 8), "mask is torch.float32 [40, 57]", "expected a bool"),
     "mask of one dimension": (lambda: Ticket.from_mask(MASK[0], 8), "mask is", "[57]", "expected", "[out, in]"),
     "mask empty": (lambda: Ticket.from_mask(MASK[:0], 8), "shape is", "[0, 57]", "expected"),

@@ -241,7 +241,11 @@ class Ticket:
             return NotImplemented
         if self.shape != other.shape or self.block != other.block:
             return False
-        return self.index is other.index or torch.equal(self.index, other.index.to(self.index.device))
+        if self.index is other.index:
+            return True
+        # On meta there are no positions to compare.
+        known = not (self.index.is_meta or other.index.is_meta)
+        return known and torch.equal(self.index, other.index.to(self.index.device))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -284,7 +288,9 @@ def _checked_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, 
 
 def _pair(name: str, value: object, pair: object, expected: str) -> tuple[int, int]:
     try:
-        numbers = tuple(map(operator.index, pair))  # type: ignore[arg-type, call-overload]
+        given = tuple(pair)  # type: ignore[arg-type, var-annotated]
+        # Python takes a bool for a number.
+        numbers = () if any(isinstance(n, bool) for n in given) else tuple(map(operator.index, given))
     except TypeError:
         numbers = ()
     if len(numbers) != 2 or min(numbers) < 1:
