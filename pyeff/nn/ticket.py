@@ -210,14 +210,21 @@ class TicketLinear(nn.Module):
         inside = (steps_o < down[:, None])[:, :, None] & (steps_i < across[:, None])[:, None, :]
         self.values.masked_fill_(~inside, 0)
 
+    def _check(self, x: Tensor) -> None:
+        """Raises ValueError unless ``x`` is a tensor [*, in]."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"TicketLinear: x is a {type(x).__name__}, expected a tensor")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"TicketLinear: x has shape {list(x.shape)}, expected [*, {self.in_features}]")
+
     def forward(self, x: Tensor) -> Tensor:
         """[*, in] -> [*, out].
 
         Raises:
-            ValueError: the last dimension is not ``in_features``, or ``x`` has another dtype or device.
+            ValueError: ``x`` is no tensor, its last dimension is not ``in_features``, or it has another dtype or
+                device.
         """
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"TicketLinear: x has shape {list(x.shape)}, expected [*, {self.in_features}]")
+        self._check(x)
         return torch.ops.pyeff.ticket_linear(
             x, self.values, self.index, self.out_features, self.bias, activation=self.activation,
             backend=backends.current(),
@@ -264,6 +271,10 @@ class TicketLinear(nn.Module):
             raise ValueError(f"TicketLinear.set_ticket: ticket is {ticket!r}, expected a pyeff.Ticket of {shape}")
         if type(self.values.data) is not Tensor:
             raise ValueError("TicketLinear.set_ticket: the values are sharded, expected a whole tensor")
+        if fill is not None and not isinstance(fill, Tensor):
+            raise ValueError(
+                f"TicketLinear.set_ticket: fill is a {type(fill).__name__}, expected a tensor {list(shape)} or None"
+            )
         if fill is not None and tuple(fill.shape) != shape:
             raise ValueError(f"TicketLinear.set_ticket: fill has shape {list(fill.shape)}, expected {list(shape)}")
         if rewind and fill is None:
