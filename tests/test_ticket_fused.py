@@ -118,6 +118,12 @@ class Call(nn.Module):
         return self.of["k"](x)
 
 
+def test_what_is_no_input(attention):
+    for x, message in (([1.0] * 24, "x is a list, expected a tensor"), (torch.zeros(()), r"x has shape \[\]")):
+        with pytest.raises(ValueError, match=message):
+            attention["q"](x)
+
+
 def test_compiles_whole(attention):
     class All(Call):
         def forward(self, x):

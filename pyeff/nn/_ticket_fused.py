@@ -138,6 +138,7 @@ class Projections:
 
     def take(self, part: int, x: Tensor) -> Tensor:
         """What projection ``part`` gives for ``x``."""
+        self.layer._check(x)
         last, now = self.last, _moment(self.layer, x)
         if last is None or not last[2][part] or not _same(last[0], now):
             last = (now, self.layer(x).split(self.sizes, -1), (True,) * len(self.sizes))
