@@ -9,8 +9,8 @@ from .report import binomial, medians, order, points, share, title
 
 # Okabe and Ito's palette, which stays apart under every kind of colour blindness: a colour for a kind of ticket.
 COLOURS = {
-    "imp": "#CC79A7", "imp global": "#E69F00", "imp scaled": "#D55E00", "project": "#0072B2", "oneshot": "#009E73",
-    "random": "#7F7F7F", "dense": "#000000",
+    "imp": "#CC79A7", "imp global": "#E69F00", "imp scaled": "#D55E00", "project": "#0072B2",
+    "oneshot global": "#56B4E9", "oneshot": "#009E73", "random": "#7F7F7F", "dense": "#000000",
 }  # fmt: skip
 # By the side of a block.
 LINES = {None: ("-", "*"), 8: (":", "v"), 16: ("--", "s"), 32: ("-", "o"), 64: ("-.", "D")}
