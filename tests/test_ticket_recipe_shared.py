@@ -87,3 +87,28 @@ def test_masks_of_a_layer_in_two_places():
     assert list(pruning.layers) == ["0"]
     assert model[0] is model[2][0]
     assert model[0].ticket.nnz == 2
+
+
+def test_a_shared_layer_goes_by_any_of_its_names():
+    model = shared()
+    ticket.install(model, {"2.0": ticket.select(model, 0.5, 8, include=".")["0"]})
+    assert model[0] is model[2][0]
+    assert model[0].ticket.nnz == 2
+
+
+def test_a_weight_of_two_modules_is_refused():
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.Embedding(16, 16))
+    found, calls = ticket.select(model, 0.5, 8), []
+    for other, message in ((2, "weight of 0 is 2.weight too"), (3, "weight of 0 is 3.weight too")):
+        model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.Embedding(16, 16))
+        model[other].weight = model[0].weight
+        optimizer = torch.optim.AdamW(model.parameters())
+        with pytest.raises(ValueError, match=f"install: the {message}, expected one that no other module has"):
+            ticket.install(model, found, optimizers=[optimizer])
+        with pytest.raises(ValueError, match=f"prune: the {message}"):
+            ticket.prune(model, calls.append, density=0.5, block=8)
+        assert not calls
+        assert type(model[0]) is type(model[2]) is nn.Linear
+        ticket.prune(model, calls.append, density=0.5, method="imp")  # masks leave it shared
+        assert model[0].weight_orig is getattr(model[other], "weight_orig" if other == 2 else "weight")
+        calls.clear()

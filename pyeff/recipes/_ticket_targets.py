@@ -89,6 +89,25 @@ def _all_match(name: str, patterns: list[re.Pattern], paths: Mapping[str, Any]) 
             )
 
 
+def check_untied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Whether each layer's weight is its own.
+
+    Raises:
+        ValueError: another module has the same Parameter. As a ticket the layer would have numbers of its own, and the
+            two would train apart.
+    """
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            users.setdefault(id(p), []).append((module, f"{path}.{name}" if path else name))
+    for path, layer in layers.items():
+        if type(layer) is nn.Linear:
+            weight = layer._parameters.get("weight", layer._parameters.get("weight_orig"))
+            others = [name for module, name in users.get(id(weight), ()) if module is not layer]
+            if others:
+                raise ValueError(f"the weight of {path} is {others[0]} too, expected one that no other module has")
+
+
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts ``new`` everywhere where ``old`` is a child.
 

@@ -30,7 +30,7 @@ from pyeff.recipes._ticket_regroup import Regrouping, regroup
 from pyeff.recipes._ticket_report import Pruning, describe
 from pyeff.recipes._ticket_select import Projection, project
 from pyeff.recipes._ticket_sparsify import Sparsification, sparsify
-from pyeff.recipes._ticket_targets import Prunable, backbone, dense_weight, element_scores, targets
+from pyeff.recipes._ticket_targets import Prunable, backbone, check_untied, dense_weight, element_scores, targets
 
 __all__ = [
     "Gradual", "Projection", "Pruning", "Regrouping", "Sparsification", "blockify", "dense_state_dict",
@@ -134,7 +134,7 @@ def prune(
     sides = selection.pair(block)
     _check_together(method, train, rewind, head, score)
     layers = targets(model, include=include, exclude=exclude, stack=stack)
-    _check_layers(layers, method, sides)
+    _check_layers(model, layers, method, sides)
     before = {name: dense_weight(layer).clone() for name, layer in layers.items()}
     origin = _origin(model, layers, before, rewind, head) if train is not None else None
     run = {"method": method, "densities": steps, "block": sides, "scope": scope, "floor": floor, "layers": list(layers)}
@@ -212,7 +212,12 @@ def _check_together(method: str, train: Any, rewind: Any, head: Any, score: Any)
         raise ValueError(f"prune: {name} was given without train, expected both: nothing is rewound without training")
 
 
-def _check_layers(layers: Mapping[str, Prunable], method: str, block: tuple[int, int]) -> None:
+def _check_layers(model: nn.Module, layers: Mapping[str, Prunable], method: str, block: tuple[int, int]) -> None:
+    if method != "imp":  # masks leave the weight where it is
+        try:
+            check_untied(model, layers)
+        except ValueError as error:
+            raise ValueError(f"prune: {error}") from None
     for name, layer in layers.items():
         if isinstance(layer, TicketLinear):
             if method == "imp":
