@@ -112,3 +112,33 @@ def test_a_weight_of_two_modules_is_refused():
         ticket.prune(model, calls.append, density=0.5, method="imp")  # masks leave it shared
         assert model[0].weight_orig is getattr(model[other], "weight_orig" if other == 2 else "weight")
         calls.clear()
+
+
+def test_hooks_go_with_the_layer_and_come_back():
+    model, calls = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), []
+    handles = [
+        model[0].register_forward_pre_hook(lambda *_: calls.append("before")),
+        model[0].register_forward_hook(lambda *_, **__: calls.append("after"), with_kwargs=True),
+        model[0].register_full_backward_pre_hook(lambda *_: calls.append("back")),
+        model[0].register_full_backward_hook(lambda *_: calls.append("done")),
+    ]
+    x = torch.randn(3, 16, requires_grad=True)
+
+    def heard():
+        calls.clear()
+        model(x).sum().backward()
+        return calls
+
+    everything = heard().copy()
+    assert sorted(everything) == ["after", "back", "before", "done"]
+    ticket.prune(model, density=0.5, block=8)
+    assert heard() == everything
+    ticket.fuse_activations(model)
+    ticket.to_dense(model)
+    assert heard() == everything
+    ticket.mask(model, {"0": torch.rand(16, 16) < 0.5})
+    ticket.blockify(model, 8)
+    assert heard() == everything
+    for handle in handles:
+        handle.remove()
+    assert not heard()

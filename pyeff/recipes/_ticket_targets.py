@@ -14,6 +14,12 @@ from pyeff.recipes._stacks import find_stacks, resolve
 
 Prunable = nn.Linear | TicketLinear
 
+# Where torch keeps the hooks on a module's calls and gradients.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
 
 def targets(
     model: nn.Module,
@@ -109,13 +115,16 @@ def check_untied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` everywhere where ``old`` is a child.
+    """Puts ``new`` everywhere where ``old`` is a child. Hooks on calls and gradients go with it, handles of them too.
 
     Raises:
         ValueError: ``old`` is the model itself.
     """
     if old is model:
         raise ValueError(f"the model is a {type(model).__name__} alone, expected a model that contains it")
+    for name in _HOOKS:
+        # The very dict, since a handle removes its hook from that.
+        vars(new)[name] = vars(old)[name]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
