@@ -87,3 +87,58 @@ def test_masks_of_a_layer_in_two_places():
     assert list(pruning.layers) == ["0"]
     assert model[0] is model[2][0]
     assert model[0].ticket.nnz == 2
+
+
+def test_a_shared_layer_goes_by_any_of_its_names():
+    model = shared()
+    ticket.install(model, {"2.0": ticket.select(model, 0.5, 8, include=".")["0"]})
+    assert model[0] is model[2][0]
+    assert model[0].ticket.nnz == 2
+
+
+def test_a_weight_of_two_modules_is_refused():
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.Embedding(16, 16))
+    found, calls = ticket.select(model, 0.5, 8), []
+    for other, message in ((2, "weight of 0 is 2.weight too"), (3, "weight of 0 is 3.weight too")):
+        model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.Embedding(16, 16))
+        model[other].weight = model[0].weight
+        optimizer = torch.optim.AdamW(model.parameters())
+        with pytest.raises(ValueError, match=f"install: the {message}, expected one that no other module has"):
+            ticket.install(model, found, optimizers=[optimizer])
+        with pytest.raises(ValueError, match=f"prune: the {message}"):
+            ticket.prune(model, calls.append, density=0.5, block=8)
+        assert not calls
+        assert type(model[0]) is type(model[2]) is nn.Linear
+        ticket.prune(model, calls.append, density=0.5, method="imp")  # masks leave it shared
+        assert model[0].weight_orig is getattr(model[other], "weight_orig" if other == 2 else "weight")
+        calls.clear()
+
+
+def test_hooks_go_with_the_layer_and_come_back():
+    model, calls = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), []
+    handles = [
+        model[0].register_forward_pre_hook(lambda *_: calls.append("before")),
+        model[0].register_forward_hook(lambda *_, **__: calls.append("after"), with_kwargs=True),
+        model[0].register_full_backward_pre_hook(lambda *_: calls.append("back")),
+        model[0].register_full_backward_hook(lambda *_: calls.append("done")),
+    ]
+    x = torch.randn(3, 16, requires_grad=True)
+
+    def heard():
+        calls.clear()
+        model(x).sum().backward()
+        return calls
+
+    everything = heard().copy()
+    assert sorted(everything) == ["after", "back", "before", "done"]
+    ticket.prune(model, density=0.5, block=8)
+    assert heard() == everything
+    ticket.fuse_activations(model)
+    ticket.to_dense(model)
+    assert heard() == everything
+    ticket.mask(model, {"0": torch.rand(16, 16) < 0.5})
+    ticket.blockify(model, 8)
+    assert heard() == everything
+    for handle in handles:
+        handle.remove()
+    assert not heard()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.recipes._ticket_install import install, select
-from pyeff.recipes._ticket_select import densities, pair
+from pyeff.recipes._ticket_select import check, densities, pair
+from pyeff.recipes._ticket_targets import targets
 
 
 class Gradual:
@@ -29,7 +30,7 @@ class Gradual:
         schedule (str): ``"cubic"``, or ``"imp"`` for the same share each time.
 
     Raises:
-        ValueError: an option is unknown or out of its range.
+        ValueError: an option is unknown or out of its range, or no layer is left to prune.
 
     Example:
         >>> import torch
@@ -75,6 +76,8 @@ class Gradual:
         single = isinstance(optimizers, torch.optim.Optimizer)
         self.optimizers: list[torch.optim.Optimizer] = [optimizers] if single else list(optimizers)  # type: ignore[list-item, arg-type]
         pair(block)
+        check(scope, floor, density)
+        targets(model, include=include, exclude=exclude, stack=stack)
         self._options: dict[str, Any] = {
             "block": block, "scope": scope, "floor": floor, "score": score, "include": include, "exclude": exclude,
             "stack": stack,

@@ -12,7 +12,7 @@ from pyeff.nn import TicketLinear
 from pyeff.plans import Ticket
 from pyeff.recipes import _ticket_select as select_module
 from pyeff.recipes._ticket_masks import unmask
-from pyeff.recipes._ticket_targets import Prunable, element_scores, is_prunable, replace, targets
+from pyeff.recipes._ticket_targets import Prunable, check_untied, element_scores, is_prunable, replace, targets
 
 
 def tickets(model: nn.Module) -> dict[str, Ticket]:
@@ -131,7 +131,8 @@ def install(
             of the weight in their parameter groups.
 
     Raises:
-        ValueError: a path names no such layer, or a ticket or weight does not fit; nothing is changed then.
+        ValueError: a path names no such layer, a ticket or weight does not fit, or another module has a layer's very
+            weight; nothing is changed then.
 
     Example:
         >>> import torch
@@ -163,6 +164,10 @@ def install(
             raise ValueError(
                 f"install: the weight of {name} has shape {list(weights[name].shape)}, expected {list(shape)}"
             )
+    try:
+        check_untied(model, {name: modules[name] for name in first.values()})
+    except ValueError as error:
+        raise ValueError(f"install: {error}") from None
     for name in first.values():
         fill, ticket = weights.get(name), tickets[name]
         layer: Any = modules[name]

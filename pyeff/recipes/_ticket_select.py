@@ -48,6 +48,14 @@ def densities(density: float, schedule: str, rounds: int | None) -> list[float]:
     return [1.0 - sparsity * share for share in shares[:-1]] + [float(density)]
 
 
+def check(scope: str, floor: float, density: float) -> None:
+    """Raises ValueError for an unknown scope, and where ``floor`` is not from 0 to ``density``."""
+    if scope not in SCOPES:
+        raise ValueError(f"prune: scope is {scope!r}, expected one of {', '.join(map(repr, SCOPES))}")
+    if not isinstance(floor, (int, float)) or isinstance(floor, bool) or not 0 <= floor <= density:
+        raise ValueError(f"prune: floor is {floor!r}, expected a number from 0 to the density {density:g}")
+
+
 def _keep(scores: Tensor, sizes: Tensor, allowed: Tensor, budget: float) -> Tensor:
     """The best of a list whose sizes come nearest to a budget: bool, never where not ``allowed``. Ties: the first."""
     # Only these are ranked at all: no score is so low that it could stand for "not allowed".
@@ -98,10 +106,7 @@ def choose(
     Raises:
         ValueError: an unknown scope, or ``floor`` is not from 0 to ``density``.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"prune: scope is {scope!r}, expected one of {', '.join(map(repr, SCOPES))}")
-    if not isinstance(floor, (int, float)) or isinstance(floor, bool) or not 0 <= floor <= density:
-        raise ValueError(f"prune: floor is {floor!r}, expected a number from 0 to the density {density:g}")
+    check(scope, floor, density)
     flat = {}
     for name, score in scores.items():
         units = torch.ones_like(score, dtype=torch.bool) if allowed is None else allowed[name]

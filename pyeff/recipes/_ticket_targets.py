@@ -14,6 +14,12 @@ from pyeff.recipes._stacks import find_stacks, resolve
 
 Prunable = nn.Linear | TicketLinear
 
+# Where torch keeps the hooks on a module's calls and gradients.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
 
 def targets(
     model: nn.Module,
@@ -89,14 +95,36 @@ def _all_match(name: str, patterns: list[re.Pattern], paths: Mapping[str, Any]) 
             )
 
 
+def check_untied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Whether each layer's weight is its own.
+
+    Raises:
+        ValueError: another module has the same Parameter. As a ticket the layer would have numbers of its own, and the
+            two would train apart.
+    """
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            users.setdefault(id(p), []).append((module, f"{path}.{name}" if path else name))
+    for path, layer in layers.items():
+        if type(layer) is nn.Linear:
+            weight = layer._parameters.get("weight", layer._parameters.get("weight_orig"))
+            others = [name for module, name in users.get(id(weight), ()) if module is not layer]
+            if others:
+                raise ValueError(f"the weight of {path} is {others[0]} too, expected one that no other module has")
+
+
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` everywhere where ``old`` is a child.
+    """Puts ``new`` everywhere where ``old`` is a child. Hooks on calls and gradients go with it, handles of them too.
 
     Raises:
         ValueError: ``old`` is the model itself.
     """
     if old is model:
         raise ValueError(f"the model is a {type(model).__name__} alone, expected a model that contains it")
+    for name in _HOOKS:
+        # The very dict, since a handle removes its hook from that.
+        vars(new)[name] = vars(old)[name]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:

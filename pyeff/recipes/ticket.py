@@ -30,7 +30,7 @@ from pyeff.recipes._ticket_regroup import Regrouping, regroup
 from pyeff.recipes._ticket_report import Pruning, describe
 from pyeff.recipes._ticket_select import Projection, project
 from pyeff.recipes._ticket_sparsify import Sparsification, sparsify
-from pyeff.recipes._ticket_targets import Prunable, backbone, dense_weight, element_scores, targets
+from pyeff.recipes._ticket_targets import Prunable, backbone, check_untied, dense_weight, element_scores, targets
 
 __all__ = [
     "Gradual", "Projection", "Pruning", "Regrouping", "Sparsification", "blockify", "dense_state_dict",
@@ -87,13 +87,13 @@ def prune(
             first and little at the end, ``"one_shot"`` all at once. Default: as the method says.
         rounds (int, optional): how many. Default: as many as take a tenth of the weights each.
         rewind (bool or mapping): False leaves what was trained; a state dict of the model gives other weights to go
-            back to, such as those after a few steps.
-        head (sequence of str or Module, optional): what is not rewound. Default: of a model of Hugging Face, or with
-            one inside, all that is not its base model; of others nothing.
+            back to, such as those after a few steps. Needs ``train``, and so does ``head``.
+        head (sequence of str or Module, optional): what is not rewound, to whatever weights. Default: of a model of
+            Hugging Face, or with one inside, all that is not its base model; of others nothing.
         include, exclude, stack: which layers, as of :func:`targets`. Default: the linear layers of the stack, and the
             pooler.
         score (callable, optional): ``score(path, layer)`` gives what each element [out, in] is worth, after training.
-            Default: its magnitude.
+            Default: its magnitude. Not with ``"random"``.
         seed (int): of ``"random"``.
         after_round (callable, optional): called as ``after_round(round, model)``, from 1, after each rewinding.
         checkpoint (path, optional): a file that is written after each round, and from which the same call on the same
@@ -130,9 +130,11 @@ def prune(
         raise ValueError(f"prune: train is None with method {method!r}, expected a callable that trains the model")
     default = "imp" if method in ("block_imp", "imp") else "one_shot"
     steps = selection.densities(density, default if schedule is None else schedule, rounds)
+    selection.check(scope, floor, density)
     sides = selection.pair(block)
+    _check_together(method, train, rewind, head, score)
     layers = targets(model, include=include, exclude=exclude, stack=stack)
-    _check_layers(layers, method, sides)
+    _check_layers(model, layers, method, sides)
     before = {name: dense_weight(layer).clone() for name, layer in layers.items()}
     origin = _origin(model, layers, before, rewind, head) if train is not None else None
     run = {"method": method, "densities": steps, "block": sides, "scope": scope, "floor": floor, "layers": list(layers)}
@@ -199,7 +201,23 @@ def blockify(
     return describe("projection", now, originals, [])
 
 
-def _check_layers(layers: Mapping[str, Prunable], method: str, block: tuple[int, int]) -> None:
+def _check_together(method: str, train: Any, rewind: Any, head: Any, score: Any) -> None:
+    """Raises ValueError where an option would be without effect."""
+    if score is not None and not callable(score):
+        raise ValueError(f"prune: score is a {type(score).__name__}, expected a callable that takes a path and a layer")
+    if score is not None and method == "random":
+        raise ValueError("prune: score was given with method 'random', expected one of the two")
+    if train is None and (head is not None or isinstance(rewind, Mapping)):
+        name = "rewind" if head is None else "head"
+        raise ValueError(f"prune: {name} was given without train, expected both: nothing is rewound without training")
+
+
+def _check_layers(model: nn.Module, layers: Mapping[str, Prunable], method: str, block: tuple[int, int]) -> None:
+    if method != "imp":  # masks leave the weight where it is
+        try:
+            check_untied(model, layers)
+        except ValueError as error:
+            raise ValueError(f"prune: {error}") from None
     for name, layer in layers.items():
         if isinstance(layer, TicketLinear):
             if method == "imp":
@@ -249,16 +267,22 @@ def _origin(
     head: Sequence[str | nn.Module] | None,
 ) -> dict[str, Tensor] | None:
     """What rewinding goes back to, by the names of the model before pruning; None where nothing is rewound."""
-    if isinstance(rewind, Mapping):
-        given = {name: t.detach().clone() for name, t in rewind.items()}
-        missing = [name for name in layers if f"{name}.weight" not in given]
-        if missing:
-            raise ValueError(f"prune: rewind has no {missing[0]}.weight, expected a state dict of the model")
-        return given
-    if not rewind:
+    if not rewind and not isinstance(rewind, Mapping):
         return None
     kept = {name: t.detach().clone() for name, t in backbone(model, head).items()}
-    return kept | {f"{name}.weight": weight for name, weight in before.items()}
+    kept |= {f"{name}.weight": weight for name, weight in before.items()}
+    if not isinstance(rewind, Mapping):
+        return kept
+    missing = [name for name in layers if f"{name}.weight" not in rewind]
+    if missing:
+        raise ValueError(f"prune: rewind has no {missing[0]}.weight, expected a state dict of the model")
+    given = {name: rewind[name] for name in (n.removesuffix("_orig") for n in kept) if name in rewind}
+    for name, t in given.items():
+        shape = list(kept[name if name in kept else f"{name}_orig"].shape)
+        if not isinstance(t, Tensor) or list(t.shape) != shape:
+            came = f"shape {list(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise ValueError(f"prune: rewind has {came} for {name}, expected a tensor {shape} as the model has it")
+    return {name: t.detach().clone() for name, t in given.items()}
 
 
 @torch.no_grad()
