@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyeff import backends
-from pyeff.nn._ticket_carry import Carry
+from pyeff.nn._ticket_carry import Carry, check_optimizers
 from pyeff.plans import Ticket
 from pyeff.reference.ticket import check_activation
 
@@ -252,7 +252,8 @@ class TicketLinear(nn.Module):
         Gradients are dropped. Wrap in DistributedDataParallel anew, and shard anew, after this.
 
         Raises:
-            ValueError: the ticket is of another shape; ``fill`` does not fit or is missing; the values are sharded.
+            ValueError: the ticket is of another shape; ``fill`` does not fit or is missing; the values are sharded;
+                an optimizer has no state for each parameter (LBFGS), and must be made anew instead.
 
         Example:
             >>> import torch, pyeff
@@ -279,6 +280,8 @@ class TicketLinear(nn.Module):
             raise ValueError(f"TicketLinear.set_ticket: fill has shape {list(fill.shape)}, expected {list(shape)}")
         if rewind and fill is None:
             raise ValueError("TicketLinear.set_ticket: fill is None with rewind, expected a tensor [out, in]")
+        optimizers = list(optimizers)
+        check_optimizers("TicketLinear.set_ticket", optimizers)
         old, new = self.ticket, ticket.to(device)
         carry = Carry(old, new)
         dense = None if fill is None else new.gather(fill.detach().to(device, self.values.dtype))
