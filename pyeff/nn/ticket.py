@@ -28,7 +28,9 @@ class TicketLinear(nn.Module):
     The blocks are one ordinary strided parameter, so that optimizers, copies, files, DistributedDataParallel and FSDP
     treat it as any other; gradients and an optimizer's moments exist for living blocks only. The positions are an int32
     buffer that travels in the state dict: loading the state dict of a layer of the same size restores that layer's
-    ticket, whatever blocks it has, into the same Parameter object.
+    ticket, whatever blocks it has, into the same Parameter object. An optimizer stays attached, but its moments are
+    those of the ticket before then, and do not fit: its state must be loaded too, or dropped
+    (``optimizer.state.pop(layer.values)``).
 
     Args:
         ticket (Ticket): which blocks of [out, in] live; the layer has an index of its own.
