@@ -235,80 +235,11 @@ def test_moves_and_casts_as_any_module():
     meta.reset_parameters()
 
 
-OPTIMIZERS = {
-    "SGD": {"lr": 0.01, "momentum": 0.9}, "Adam": {}, "AdamW": {}, "Adamax": {}, "NAdam": {}, "RAdam": {},
-    "Adadelta": {}, "Adagrad": {}, "ASGD": {}, "RMSprop": {"momentum": 0.5}, "Rprop": {}, "Adafactor": {},
-    "LBFGS": {"max_iter": 3},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_of_torch(name):
-    layer = layer_for(dtype=torch.float32)
-    x, goal = draw(16, 29, dtype=torch.float32), draw(16, 37, dtype=torch.float32, seed=5)
-    optimizer = getattr(torch.optim, name)(layer.parameters(), **OPTIMIZERS[name])
-
-    def loss():
-        optimizer.zero_grad()
-        value = F.mse_loss(layer(x), goal)
-        value.backward()
-        return value
-
-    first = loss().item()
-    for _ in range(10):
-        optimizer.step(loss)
-    assert loss().item() < first
-
-
-@pytest.mark.parametrize("block", [(8, 16), (4, 4)], ids=["same block", "another block"])
-def test_set_ticket_carries_moments(block):
-    layer = layer_for(dtype=torch.float32, share=0.6)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    for seed in range(3):
-        optimizer.zero_grad()
-        layer(draw(4, 29, dtype=torch.float32, seed=seed)).square().sum().backward()
-        optimizer.step()
-    old, parameter = layer.ticket, layer.values
-    dense = {key: old.scatter(optimizer.state[parameter][key]) for key in ("exp_avg", "exp_avg_sq")}
-    weight, fill = layer.weight.detach(), draw(37, 29, dtype=torch.float32, seed=9)
-    new = ticket_for(block=block, share=0.5, seed=7)
-    assert bool((new.mask() & ~old.mask()).any())
-    assert bool((new.mask() & old.mask()).any())
-    layer.set_ticket(new, fill, optimizers=[optimizer])
-    assert layer.values is parameter
-    assert layer.ticket == new
-    for key, moment in dense.items():
-        assert torch.equal(optimizer.state[parameter][key], new.gather(moment)), key
-    assert optimizer.state[parameter]["step"] == 3
-    expected = torch.where(old.mask(), weight, fill)
-    assert torch.equal(layer.weight, torch.where(new.mask(), expected, 0))
-    layer(draw(4, 29, dtype=torch.float32)).sum().backward()
-    optimizer.step()
-    layer.set_ticket(old, fill, rewind=True)
-    assert torch.equal(layer.weight, torch.where(old.mask(), fill, 0))
-
-
 def test_set_ticket_without_fill_begins_at_zero():
     layer = layer_for(share=0.0, dtype=torch.float32)
     layer.set_ticket(ticket_for(share=1.0))
     assert not layer.values.any()
     assert layer.values.shape[0] == 10
-
-
-def test_factored_moments_follow_their_blocks():
-    layer = layer_for(share=0.7, dtype=torch.float32)
-    optimizer = torch.optim.Adafactor(layer.parameters())
-    layer(draw(4, 29, dtype=torch.float32)).square().sum().backward()
-    optimizer.step()
-    old, row = layer.ticket, optimizer.state[layer.values]["row_var"].clone()
-    keep = old.blocks()
-    keep[0] = False
-    layer.set_ticket(pyeff.Ticket.from_blocks(keep, old.shape, old.block), optimizers=[optimizer])
-    assert torch.equal(optimizer.state[layer.values]["row_var"], row[int(old.row_start[1]) :])
-    layer.set_ticket(ticket_for(block=8), optimizers=[optimizer])
-    assert layer.values not in optimizer.state
-    layer(draw(4, 29, dtype=torch.float32)).square().sum().backward()
-    optimizer.step()
 
 
 def test_autocast():

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from pyeff.plans import Ticket
+
+
+def check_optimizers(op: str, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raises ValueError for an optimizer that knows its parameters by more than ``param_groups`` and ``state``.
+
+    LBFGS keeps a list of them beside the groups, and in the state of the first one vectors as long as all together:
+    neither can follow one parameter.
+    """
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "state") or not hasattr(optimizer, "param_groups"):
+            raise ValueError(f"{op}: optimizers has a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+        for name, kept in vars(optimizer).items():
+            if isinstance(kept, list | tuple) and any(isinstance(t, Tensor) for t in kept):
+                raise ValueError(
+                    f"{op}: optimizers has {type(optimizer).__name__}, which keeps parameters in {name!r}, expected "
+                    "those with a state for each parameter; make it anew afterwards"
+                )
 
 
 class Carry:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyeff import backends
-from pyeff.nn._ticket_carry import Carry
+from pyeff.nn._ticket_carry import Carry, check_optimizers
 from pyeff.plans import Ticket
 from pyeff.reference.ticket import check_activation
 
@@ -28,7 +28,9 @@ class TicketLinear(nn.Module):
     The blocks are one ordinary strided parameter, so that optimizers, copies, files, DistributedDataParallel and FSDP
     treat it as any other; gradients and an optimizer's moments exist for living blocks only. The positions are an int32
     buffer that travels in the state dict: loading the state dict of a layer of the same size restores that layer's
-    ticket, whatever blocks it has, into the same Parameter object.
+    ticket, whatever blocks it has, into the same Parameter object. An optimizer stays attached, but its moments are
+    those of the ticket before then, and do not fit: its state must be loaded too, or dropped
+    (``optimizer.state.pop(layer.values)``).
 
     Args:
         ticket (Ticket): which blocks of [out, in] live; the layer has an index of its own.
@@ -252,7 +254,8 @@ class TicketLinear(nn.Module):
         Gradients are dropped. Wrap in DistributedDataParallel anew, and shard anew, after this.
 
         Raises:
-            ValueError: the ticket is of another shape; ``fill`` does not fit or is missing; the values are sharded.
+            ValueError: the ticket is of another shape; ``fill`` does not fit or is missing; the values are sharded;
+                an optimizer has no state for each parameter (LBFGS), and must be made anew instead.
 
         Example:
             >>> import torch, pyeff
@@ -279,6 +282,8 @@ class TicketLinear(nn.Module):
             raise ValueError(f"TicketLinear.set_ticket: fill has shape {list(fill.shape)}, expected {list(shape)}")
         if rewind and fill is None:
             raise ValueError("TicketLinear.set_ticket: fill is None with rewind, expected a tensor [out, in]")
+        optimizers = list(optimizers)
+        check_optimizers("TicketLinear.set_ticket", optimizers)
         old, new = self.ticket, ticket.to(device)
         carry = Carry(old, new)
         dense = None if fill is None else new.gather(fill.detach().to(device, self.values.dtype))
