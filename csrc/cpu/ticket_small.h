@@ -56,13 +56,16 @@ __attribute__((noinline)) void small_dots(Compute<T>* sums, const T* values, int
   Vec<C> acc[R][M] = {};
   for (int64_t e = 0; e < count; ++e, values += block_size) {
     const int64_t first = column[e] * bi, k = smaller(bi, in - first);
+    // The processor foresees no block of another page.
+    const T* ahead = values + (e + 2 < count ? 2 * block_size : 0);
     for (int64_t p = 0; p < k; p += Step::kLength) {
       decltype(Step::load_vector(x)) token[M];
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) token[t] = load_step(x + t * x_stride + first + p, k - p);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const auto row = load_step(values + i * bi + p, k - p);
+        __builtin_prefetch(ahead + i * bi + p);
 #pragma GCC unroll 4
         for (int t = 0; t < M; ++t) acc[i][t] = Step::fma(row, token[t], acc[i][t]);
       }
@@ -70,7 +73,7 @@ __attribute__((noinline)) void small_dots(Compute<T>* sums, const T* values, int
   }
 #pragma GCC unroll 4
   for (int t = 0; t < M; ++t)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i) sums[t * R + i] = sum_lanes<C>(acc[i][t]);
 }
 
@@ -84,8 +87,11 @@ __attribute__((noinline)) void small_rows(Compute<T>* sums, const T* values, int
   Vec<C> acc[M][NV] = {};
   for (int64_t e = 0; e < count; ++e) {
     const T* from = values + slot[e] * bo * bi;
+    const T* ahead = values + slot[e + 1 < count ? e + 1 : e] * bo * bi;
     const int64_t first = row[e] * bo, k = smaller(bo, out - first);
-    for (int64_t r = 0; r < k; ++r, from += bi) {
+    for (int64_t r = 0; r < k; ++r, from += bi, ahead += bi) {
+      __builtin_prefetch(ahead);
+      if (NV * lanes * int(sizeof(T)) > 64) __builtin_prefetch(ahead + lanes);
       Vec<C> vector[NV];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) vector[j] = load_some(from + j * lanes, width - j * lanes);
@@ -106,18 +112,33 @@ struct SmallTiles {
   using Dots = decltype(&small_dots<T, 1, 1>);
   using Rows = decltype(&small_rows<T, 1, 1>);
   static constexpr int kLength = kLanes<Compute<T>>;
-  // Rows that are multiplied together, no more than a vector.
-  static constexpr int kRows = kLength < 4 ? kLength : 4;
+  // Rows that are multiplied together with so many tokens: as many sums as registers hold, in no more rows than a
+  // vector has lanes. The more rows, the longer the pieces in which memory is read.
+  static constexpr int rows_with(int64_t tokens) {
+    const int rows = tokens >= 4 ? 4 : tokens >= 2 ? 8 : 16;
+    return rows < kLength ? rows : kLength;
+  }
 
   template <int R>
   static Dots dots_of(int64_t tokens) {
-    return tokens == 4 ? &small_dots<T, R, 4> : tokens == 2 ? &small_dots<T, R, 2> : &small_dots<T, R, 1>;
+    if constexpr (R <= rows_with(4)) {
+      if (tokens == 4) return &small_dots<T, R, 4>;
+    }
+    if constexpr (R <= rows_with(2)) {
+      if (tokens == 2) return &small_dots<T, R, 2>;
+    }
+    return &small_dots<T, R, 1>;
   }
   template <int NV>
   static Rows rows_of(int64_t tokens) {
     return tokens == 4 ? &small_rows<T, NV, 4> : tokens == 2 ? &small_rows<T, NV, 2> : &small_rows<T, NV, 1>;
   }
-  static Dots dots(int64_t rows, int64_t tokens) { return rows == 1 ? dots_of<1>(tokens) : dots_of<kRows>(tokens); }
+  static Dots dots(int64_t rows, int64_t tokens) {
+    if (rows == 1) return dots_of<1>(tokens);
+    return rows == rows_with(4)   ? dots_of<rows_with(4)>(tokens)
+           : rows == rows_with(2) ? dots_of<rows_with(2)>(tokens)
+                                  : dots_of<rows_with(1)>(tokens);
+  }
   static Rows rows(int64_t vectors, int64_t tokens) { return vectors == 1 ? rows_of<1>(tokens) : rows_of<2>(tokens); }
 };
 
@@ -133,7 +154,8 @@ bool run_small_forward(const TicketProblem& p, const TicketParts& index, const E
       const int64_t begin = index.row_start[b], count = index.row_start[b + 1] - begin;
       const int64_t height = smaller(p.bo, p.out - b * p.bo);
       for (int64_t i = 0; i < height;) {
-        const int64_t rows = height - i >= SmallTiles<T>::kRows ? SmallTiles<T>::kRows : 1;
+        int64_t rows = SmallTiles<T>::rows_with(p.tokens);
+        while (rows > 1 && rows > height - i) rows = rows > SmallTiles<T>::rows_with(4) ? rows / 2 : 1;
         const T* from = values + begin * block_size + i * p.bi;
         for (int64_t t = 0; t < p.tokens;) {
           const int64_t left = p.tokens - t, together = left >= 4 ? 4 : left >= 2 ? 2 : 1;
