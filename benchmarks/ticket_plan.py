@@ -119,8 +119,14 @@ def _cuda(shape: Shape, card: Card) -> Iterator[Step]:
             return _vector(shape, card, transposed, number)
         if wgmma and shape.tokens >= _MANY and (step := _resident(shape, card, transposed, number)):
             return step
-        name = _named(f"ticket_product{suffix}<{number}, {{}}, {side}>", transposed, card)
-        return _step("product", name, card, shape, 128, side, depth, along_columns=transposed)
+        rows = 128
+        # A tile of 256 tokens where there is one for each SM.
+        if wgmma and side == 128 and shape.tokens > 128:
+            own = shape.side(transposed).groups * ceil(shape.block, side)
+            rows = 256 if ceil(shape.tokens, 256) * own >= card.sms else 128
+        tile = f"{rows}, {side}" if wgmma else str(side)
+        name = _named(f"ticket_product{suffix}<{number}, {{}}, {tile}>", transposed, card)
+        return _step("product", name, card, shape, rows, side, depth, along_columns=transposed)
 
     yield product(False)
     if not shape.training:
@@ -142,12 +148,18 @@ def _add(shape: Shape, card: Card, number: str, splits: int, size: int) -> Step:
 
 
 def _resident(shape: Shape, card: Card, transposed: bool, number: str) -> Step | None:
-    """Tokens that stay in shared memory while up to four warpgroups pass the lines of small blocks; or None."""
+    """Tokens that stay in shared memory while warpgroups pass the lines of small blocks; or None where none fit.
+
+    Up to four groups of a warpgroup, at least two; with lines of 64, up to two groups of a pair of warpgroups.
+    """
     side = shape.side(transposed)
-    columns = 16 if shape.block <= 16 else 32
+    if shape.block > 64 or shape.block % 16:
+        return None
+    columns = next(n for n in (16, 32, 64) if n >= shape.block)
     panels = ceil(side.other_width, 64) * 128 * 128
-    groups = min((_SHARED - panels) // (4 * (columns * 128 + 16)), 4)
-    if shape.block > columns or shape.block % 16 or groups < 2:
+    most, least = (4, 2) if columns <= 32 else (2, 1)
+    groups = min((_SHARED - panels) // (4 * (columns * 128 + 16)), most)
+    if groups < least:
         return None
     shares = min(_best_splits(ceil(shape.tokens, 128), card.sms), max(side.groups // groups, 1))
     name = _named(f"ticket_resident<{number}, {{}}, {columns}>", transposed, card)

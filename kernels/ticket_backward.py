@@ -101,11 +101,13 @@ def outer_blocks(
             pointers = own + (row * own_stride)[:, None] + column[None, :]
             right = tl.load(pointers, mask=live[:, None] & has_column[None, :], other=0.0)
             acc = dot(left, right, acc)
-        # What was not loaded was zero, but zero times NaN is none: a block's padding has no gradient.
-        acc = tl.where(has_place[:, None] & has_column[None, :], acc, 0.0)
         own_step: tl.constexpr = 1 if COLUMNS else OTHER
         pointers = to + part.to(tl.int64) * size + stored[:, None] + (m * own_step)[None, :]
-        tl.store(pointers, acc.to(to.dtype.element_ty), mask=inside[:, None] & (m < OWN)[None, :])
+        real = has_place[:, None] & has_column[None, :]
+        tl.store(pointers, acc.to(to.dtype.element_ty), mask=real)
+        # What was not loaded was zero, but zero times NaN is none: a block's padding has no gradient.
+        padding = inside[:, None] & (m < OWN)[None, :] & (real == 0)
+        tl.store(pointers, tl.zeros([BLOCK_N, BLOCK_M], to.dtype.element_ty), mask=padding)
 
 
 @triton.jit(do_not_specialize=["parts", "size"])

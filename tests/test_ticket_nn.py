@@ -154,7 +154,7 @@ def test_bad_state_dicts_change_nothing():
         ({"index": broken}, "a position is out of range"),
         ({"index": good["index"].long()}, "int64"),
         ({"values": good["values"][1:]}, "values has shape"),
-        ({"values": good["values"].flatten(1)}, "size mismatch for values"),
+        ({"values": good["values"].flatten(1)}, "values has shape"),
         ({"index": layer_for((37, 40), share=0.9).index}, "index"),
     ]:
         with pytest.raises(RuntimeError, match=message):
@@ -165,6 +165,45 @@ def test_bad_state_dicts_change_nothing():
     with pytest.raises(RuntimeError, match="index"):
         layer.load_state_dict(without)
     assert layer.load_state_dict(without, strict=False).missing_keys == ["index"]
+
+
+def test_an_index_alone_is_checked_too():
+    layer = layer_for()
+    values, index = layer.values.detach().clone(), layer.index.clone()
+    noise = torch.arange(len(index), dtype=torch.int32) * 7919
+    stored = layer.state_dict()
+    for state, message in [
+        ({"index": noise}, "a position is out of range"),
+        ({"index": noise, "bias": stored["bias"]}, "a position is out of range"),
+        ({"index": noise, "values": stored["values"].flatten(1)}, "values has shape"),
+        ({"index": layer_for(share=0.9, seed=1).index}, "index"),
+        ({"index": index.long()}, "int64"),
+        ({"index": index.tolist()}, "index"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(state, strict=False)
+        assert torch.equal(layer.index, index), message
+        assert torch.equal(layer.values, values), message
+    layer.load_state_dict({"index": index.clone()}, strict=False)
+    assert torch.equal(layer.index, index)
+
+
+def test_state_dicts_on_meta():
+    layer, other = layer_for(), layer_for(share=0.9, seed=1)
+    index, bare = layer.index.clone(), {name: t.to("meta") for name, t in other.state_dict().items()}
+    with pytest.raises(RuntimeError, match="index is on meta, expected the positions"):
+        layer.load_state_dict(bare)
+    assert torch.equal(layer.index, index)
+    assert not layer.values.is_meta
+    # As with any module: into one on meta, or assigned.
+    copy.deepcopy(layer).to("meta").load_state_dict(bare)
+    layer.load_state_dict(bare, assign=True)
+    assert layer.index.is_meta
+    assert layer.values.shape == other.values.shape
+    with pytest.raises(RuntimeError, match="values has shape"):
+        layer.load_state_dict({**bare, "values": bare["values"][1:]}, assign=True)
+    layer.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(layer.weight, other.weight)
 
 
 def test_copies_pickles_and_files(tmp_path):
@@ -327,7 +366,11 @@ def test_bad_arguments():
         (lambda: TicketLinear.from_linear(linear, ticket.mask()), "block is None with a mask"),
         (lambda: TicketLinear.from_linear(linear, ticket_for((29, 37))), r"shape \[29, 37\], expected \[37, 29\]"),
         (lambda: layer_for()(torch.zeros(3, 28)), r"x has shape \[3, 28\], expected \[\*, 29\]"),
+        (lambda: layer_for()(torch.zeros(())), r"x has shape \[\], expected \[\*, 29\]"),
+        (lambda: layer_for()([1.0] * 29), "x is a list, expected a tensor"),
+        (lambda: layer_for()(None), "x is a NoneType, expected a tensor"),
         (lambda: layer_for()(torch.zeros(3, 29, dtype=torch.int64)), "x is torch.int64"),
+        (lambda: layer_for().set_ticket(ticket, [0.0]), r"fill is a list, expected a tensor \[37, 29\] or None"),
         (lambda: layer_for().set_ticket(ticket_for((29, 37))), r"expected a pyeff.Ticket of \(37, 29\)"),
         (lambda: layer_for().set_ticket(ticket, torch.zeros(3, 3)), r"fill has shape \[3, 3\]"),
         (lambda: layer_for().set_ticket(ticket, rewind=True), "fill is None with rewind"),

@@ -160,6 +160,11 @@ def test_equality():
         assert ticket != other
     with pytest.raises(TypeError, match="unhashable"):
         hash(ticket)
+    nowhere = ticket.to("meta")
+    assert nowhere == nowhere.to("meta")
+    assert ticket != nowhere
+    assert nowhere != ticket
+    assert nowhere != ticket.to("meta")
 
 
 def test_repr():
@@ -182,6 +187,8 @@ REFUSED = {
     "block no integer": (lambda: Ticket.from_mask(MASK, 8.0), "block is 8.0", "expected"),
     "block a text": (lambda: Ticket.from_mask(MASK, "16"), "block is '16'", "expected"),
     "block None": (lambda: Ticket.from_mask(MASK, None), "block is None", "expected"),
+    "block True": (lambda: Ticket.from_mask(MASK, True), "block is True", "expected"),
+    "block of a bool": (lambda: Ticket.from_mask(MASK, (8, True)), "block is (8, True)", "expected"),
     "mask of floats": (lambda: Ticket.from_mask(MASK.float(), 8), "mask is torch.float32 [40, 57]", "expected a bool"),
     "mask of one dimension": (lambda: Ticket.from_mask(MASK[0], 8), "mask is", "[57]", "expected", "[out, in]"),
     "mask empty": (lambda: Ticket.from_mask(MASK[:0], 8), "shape is", "[0, 57]", "expected"),
@@ -204,6 +211,12 @@ REFUSED = {
         lambda: Ticket.from_sparse_bsr(torch.ones(2, 8, 8).to_sparse_bsr(4)), "[2, 8, 8]", "expected", "matrix",
     ),
     "bsr none at all": (lambda: Ticket.from_sparse_bsr(None), "t is a NoneType", "expected"),
+    "bsr with a column before all": (lambda: Ticket.from_sparse_bsr(bsr((0, 2, -1))), "a column of t", "0 to 2"),
+    "bsr with a column past all": (lambda: Ticket.from_sparse_bsr(bsr((0, 9, 1))), "a column of t", "0 to 2"),
+    "bsr with rows that fall": (lambda: Ticket.from_sparse_bsr(bsr(start=(0, 4, 3))), "crow_indices", "from 0 to 3"),
+    "bsr that begins late": (lambda: Ticket.from_sparse_bsr(bsr(start=(1, 2, 3))), "crow_indices", "from 0 to 3"),
+    "bsr that ends early": (lambda: Ticket.from_sparse_bsr(bsr(start=(0, 1, 2))), "crow_indices", "from 0 to 3"),
+    "bsr with a row too many": (lambda: Ticket.from_sparse_bsr(bsr(start=(0, 1, 2, 3))), "crow_indices", "expected 3"),
     "bsr out of order": (lambda: Ticket.from_sparse_bsr(bsr((2, 0, 1))), "columns of t do not ascend"),
     "bsr with a block twice": (lambda: Ticket.from_sparse_bsr(bsr((1, 1, 0))), "columns of t do not ascend"),
     "gather of another shape": (

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyeff import backends
 from pyeff.nn.ticket import TicketLinear
+from pyeff.ops._calls import autocast_dtype
 from pyeff.plans import Ticket
 
 
@@ -98,23 +100,48 @@ def unstack(layer: TicketLinear, sizes: Sequence[int]) -> list[TicketLinear]:
     return out
 
 
+# Tensors that must be the very same, and what must be equal.
+_Moment = tuple[tuple[Tensor | None, ...], tuple[object, ...]]
+
+
+def _moment(layer: TicketLinear, x: Tensor) -> _Moment:
+    """All that the layer's output for ``x`` depends on, as of now."""
+    tensors = (x, layer.values, layer.index, layer.bias)
+    if torch.compiler.is_compiling():  # a graph being traced has no versions
+        return tensors, (torch.is_grad_enabled(),)
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x.device), backends.current())
+    return tensors, (modes, *(_state(t) for t in tensors))
+
+
+def _state(t: Tensor | None) -> tuple[int, bool, torch.dtype] | None:
+    return None if t is None else (0 if t.is_inference() else t._version, t.requires_grad, t.dtype)
+
+
+def _same(one: _Moment, other: _Moment) -> bool:
+    return one[1] == other[1] and all(a is b for a, b in zip(one[0], other[0], strict=True))
+
+
 class Projections:
     """The layer that several projections of one input share, and what it gave for the last input.
 
     The parts are asked one after another with the same tensor. The first that is asked computes all; each takes its
-    own, and the last one lets go of them. A part that is asked with another tensor computes anew, so that the results
-    are right in whatever order, and from however many threads, they are asked for.
+    own, and the last one lets go of them. A part that is asked with another tensor computes anew, and so does one for
+    which anything has changed since: the tensor or the layer was written to or replaced, or the mode of gradients,
+    autocast or the backend is another. So the results are right in whatever order, and from however many threads, they
+    are asked for. Not seen is a write that torch does not count: through ``.data``, to a tensor made in inference mode,
+    or between two projections of one compiled graph.
     """
 
     def __init__(self, layer: TicketLinear, sizes: Sequence[int]) -> None:
         self.layer, self.sizes = layer, tuple(sizes)
-        self.last: tuple[Tensor, tuple[Tensor, ...], tuple[bool, ...]] | None = None
+        self.last: tuple[_Moment, tuple[Tensor, ...], tuple[bool, ...]] | None = None
 
     def take(self, part: int, x: Tensor) -> Tensor:
         """What projection ``part`` gives for ``x``."""
-        last = self.last
-        if last is None or last[0] is not x or not last[2][part]:
-            last = (x, self.layer(x).split(self.sizes, -1), (True,) * len(self.sizes))
+        self.layer._check(x)
+        last, now = self.last, _moment(self.layer, x)
+        if last is None or not last[2][part] or not _same(last[0], now):
+            last = (now, self.layer(x).split(self.sizes, -1), (True,) * len(self.sizes))
         left = tuple(there and i != part for i, there in enumerate(last[2]))
         self.last = (last[0], last[1], left) if any(left) else None
         return last[1][part]

@@ -210,14 +210,21 @@ class TicketLinear(nn.Module):
         inside = (steps_o < down[:, None])[:, :, None] & (steps_i < across[:, None])[:, None, :]
         self.values.masked_fill_(~inside, 0)
 
+    def _check(self, x: Tensor) -> None:
+        """Raises ValueError unless ``x`` is a tensor [*, in]."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"TicketLinear: x is a {type(x).__name__}, expected a tensor")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"TicketLinear: x has shape {list(x.shape)}, expected [*, {self.in_features}]")
+
     def forward(self, x: Tensor) -> Tensor:
         """[*, in] -> [*, out].
 
         Raises:
-            ValueError: the last dimension is not ``in_features``, or ``x`` has another dtype or device.
+            ValueError: ``x`` is no tensor, its last dimension is not ``in_features``, or it has another dtype or
+                device.
         """
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"TicketLinear: x has shape {list(x.shape)}, expected [*, {self.in_features}]")
+        self._check(x)
         return torch.ops.pyeff.ticket_linear(
             x, self.values, self.index, self.out_features, self.bias, activation=self.activation,
             backend=backends.current(),
@@ -264,6 +271,10 @@ class TicketLinear(nn.Module):
             raise ValueError(f"TicketLinear.set_ticket: ticket is {ticket!r}, expected a pyeff.Ticket of {shape}")
         if type(self.values.data) is not Tensor:
             raise ValueError("TicketLinear.set_ticket: the values are sharded, expected a whole tensor")
+        if fill is not None and not isinstance(fill, Tensor):
+            raise ValueError(
+                f"TicketLinear.set_ticket: fill is a {type(fill).__name__}, expected a tensor {list(shape)} or None"
+            )
         if fill is not None and tuple(fill.shape) != shape:
             raise ValueError(f"TicketLinear.set_ticket: fill has shape {list(fill.shape)}, expected {list(shape)}")
         if rewind and fill is None:
@@ -290,21 +301,37 @@ class TicketLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        index, values = state_dict.get(prefix + "index"), state_dict.get(prefix + "values")
-        whole = type(self.values.data) is Tensor and type(values) in (Tensor, nn.Parameter) and values.dim() == 3
-        if whole and isinstance(index, Tensor):
+        index, values = (state_dict.get(prefix + name) for name in ("index", "values"))
+        if index is not None and (not isinstance(index, Tensor) or type(index) in (Tensor, nn.Parameter)):
+            assign = local_metadata.get("assign_to_params_buffers", False)
             try:
-                found = Ticket(index.cpu(), (self.out_features, self.in_features), values.shape[1:])
-                if found.nnz != values.shape[0]:
-                    raise ValueError(f"values has shape {list(values.shape)}, expected {[found.nnz, *found.block]}")
+                self._check_loaded(index, self.values if values is None else values, assign or self.index.is_meta)
             except ValueError as error:
                 error_msgs.append(f"{prefix}index: {error}")
                 return
-            if values.shape != self.values.shape:
+            whole = all(type(t) in (Tensor, nn.Parameter) for t in (self.values.data, values))
+            if whole and values.shape != self.values.shape:
                 self._replace(self.index.new_empty(index.shape), self.values.data.new_empty(values.shape))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _check_loaded(self, index: Tensor, values: Tensor, bare: bool) -> None:
+        """Raises ValueError unless the index is that of a ticket with these values; ``bare``: it may be on meta."""
+        shape = (self.out_features, self.in_features)
+        if values is self.values and values.dim() != 3:
+            return  # sharded
+        if not isinstance(values, Tensor) or values.dim() != 3 or 0 in values.shape[1:]:
+            came = f"has shape {list(values.shape)}" if isinstance(values, Tensor) else f"is a {type(values).__name__}"
+            raise ValueError(f"values {came}, expected [nnz, bo, bi]")
+        if isinstance(index, Tensor) and index.is_meta:
+            if not bare:
+                raise ValueError("index is on meta, expected the positions of a ticket")
+            found = trusted(index, shape, (values.shape[1], values.shape[2]))
+        else:
+            found = Ticket(index.cpu() if isinstance(index, Tensor) else index, shape, values.shape[1:])
+        if found.nnz != values.shape[0]:
+            raise ValueError(f"values has shape {list(values.shape)}, expected {[found.nnz, *found.block]}")
 
     def extra_repr(self) -> str:
         (bo, bi), nnz = self.block, self.values.shape[0]

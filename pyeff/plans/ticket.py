@@ -107,12 +107,22 @@ class Ticket:
         """The ticket of a torch.sparse_bsr tensor [out, in]; its values are then ``t.values()``.
 
         Raises:
-            ValueError: ``t`` is no block-sparse matrix, or its columns do not ascend within each row.
+            ValueError: ``t`` is no block-sparse matrix, an index of it is out of range, or its columns do not ascend
+                within each row.
         """
         if not isinstance(t, Tensor) or t.layout != torch.sparse_bsr or t.dim() != 2:
             raise ValueError(f"Ticket.from_sparse_bsr: t is {_describe(t)}, expected a torch.sparse_bsr matrix")
-        start, column, block = t.crow_indices(), t.col_indices(), tuple(t.values().shape[1:])
-        grid = _grid(_shape(t.shape), block)
+        start, column, block = t.crow_indices().long(), t.col_indices().long(), _block(t.values().shape[1:])
+        grid = _checked_grid(_shape(t.shape), block)
+        # torch may have been told not to look at them.
+        fit = start.shape == (grid[0] + 1,) and len(column) == t.values().shape[0]
+        if not fit or not _ascends(start, len(column)):
+            raise ValueError(
+                f"Ticket.from_sparse_bsr: crow_indices of t is {_describe(start)}, expected {grid[0] + 1} numbers that "
+                f"ascend from 0 to {t.values().shape[0]}, and as many col_indices"
+            )
+        if not _within(column, grid[1]):
+            raise ValueError(f"Ticket.from_sparse_bsr: a column of t is out of range, expected 0 to {grid[1] - 1}")
         row = torch.repeat_interleave(torch.arange(grid[0], device=start.device), start.diff())
         position = row * grid[1] + column
         if not bool((position.diff() > 0).all()):
@@ -231,7 +241,11 @@ class Ticket:
             return NotImplemented
         if self.shape != other.shape or self.block != other.block:
             return False
-        return self.index is other.index or torch.equal(self.index, other.index.to(self.index.device))
+        if self.index is other.index:
+            return True
+        # On meta there are no positions to compare.
+        known = not (self.index.is_meta or other.index.is_meta)
+        return known and torch.equal(self.index, other.index.to(self.index.device))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -274,7 +288,9 @@ def _checked_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, 
 
 def _pair(name: str, value: object, pair: object, expected: str) -> tuple[int, int]:
     try:
-        numbers = tuple(map(operator.index, pair))  # type: ignore[arg-type, call-overload]
+        given = tuple(pair)  # type: ignore[arg-type, var-annotated]
+        # Python takes a bool for a number.
+        numbers = () if any(isinstance(n, bool) for n in given) else tuple(map(operator.index, given))
     except TypeError:
         numbers = ()
     if len(numbers) != 2 or min(numbers) < 1:
@@ -323,6 +339,16 @@ def _build_index(blocks: Tensor) -> Tensor:
     return torch.cat(parts).to(torch.int32)
 
 
+def _ascends(start: Tensor, end: int) -> bool:
+    """Whether these are where each of several runs begins, and the end of the last."""
+    # No differences: those of what may be any numbers can wrap around.
+    return bool(start[0] == 0 and start[-1] == end and (start[1:] >= start[:-1]).all())
+
+
+def _within(numbers: Tensor, size: int) -> bool:
+    return len(numbers) == 0 or 0 <= int(numbers.min()) <= int(numbers.max()) < size
+
+
 def _check_index(ticket: Ticket) -> None:
     """Raises ValueError unless the index is the very one that its blocks have."""
     index, (rows, columns) = ticket.index, _checked_grid(ticket.shape, ticket.block)
@@ -336,10 +362,7 @@ def _check_index(ticket: Ticket) -> None:
     extra = index.shape[0] - 2 * rows - 2 * columns - 2
     if extra < 0 or extra % 3 or extra // 3 > rows * columns:
         raise ValueError(f"{wrong}: its length fits no number of blocks")
-    # In int64: differences of what may be any numbers must not wrap around.
-    start, column = ticket.row_start.long(), ticket.column
-    in_range = start[0] == 0 and start[-1] == ticket.nnz and bool((start.diff() >= 0).all())
-    if not in_range or (ticket.nnz and not 0 <= int(column.min()) <= int(column.max()) < columns):
+    if not _ascends(ticket.row_start, ticket.nnz) or not _within(ticket.column, columns):
         raise ValueError(f"{wrong}: a position is out of range")
     if not torch.equal(_build_index(ticket.blocks()), index):
         raise ValueError(f"{wrong}: its parts do not belong together")

@@ -9,8 +9,8 @@ from .report import binomial, medians, order, points, share, title
 
 # Okabe and Ito's palette, which stays apart under every kind of colour blindness: a colour for a kind of ticket.
 COLOURS = {
-    "imp": "#CC79A7", "imp global": "#E69F00", "imp scaled": "#D55E00", "project": "#0072B2", "oneshot": "#009E73",
-    "random": "#7F7F7F", "dense": "#000000",
+    "imp": "#CC79A7", "imp global": "#E69F00", "imp scaled": "#D55E00", "project": "#0072B2",
+    "oneshot global": "#56B4E9", "oneshot": "#009E73", "random": "#7F7F7F", "dense": "#000000",
 }  # fmt: skip
 # By the side of a block.
 LINES = {None: ("-", "*"), 8: (":", "v"), 16: ("--", "s"), 32: ("-", "o"), 64: ("-.", "D")}
@@ -56,7 +56,7 @@ def draw_accuracy(ax, found: dict) -> None:
     ax.axhline(100 * found["corpus"]["majority"], color="#BBBBBB", ls=":", lw=1.5, label="most frequent label")
     ax.set_title(f"Test accuracy, trained in {found['settings']['dtype']}", fontsize=10)
     ax.set(ylabel="%", ylim=(0, None))
-    finish(ax)
+    finish(ax, "lower left")
 
 
 def draw_times(ax, found: dict, dtype: str) -> None:
@@ -74,12 +74,12 @@ def draw_times(ax, found: dict, dtype: str) -> None:
     told = ",\nother programs running" if found["timed"]["shared"] else ""
     ax.set_title(f"Time over dense, {dtype}, {threads} thread{'s' * (threads != 1)}{told}", fontsize=10)
     ax.set(ylim=(0, None))
-    finish(ax)
+    finish(ax, "upper right")
 
 
-def finish(ax) -> None:
+def finish(ax, legend: str) -> None:
     ax.set(xlabel="density of the pruned layers", xlim=(1, 0))
-    ax.legend(fontsize=8, loc="lower left")
+    ax.legend(fontsize=8, loc=legend)
     ax.grid(alpha=0.25)
 
 
