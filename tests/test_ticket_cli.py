@@ -88,6 +88,8 @@ def test_training_rounds(folder, tmp_path, monkeypatch, method):
         (("--task", "poems"), "--task is 'poems', expected one of docstrings"),
         (("--task", "docstrings", "--data", "x"), "--task and --data exclude each other"),
         (("--choose", "speed"), "--choose is 'speed', expected one of inference, training"),
+        (("--rounds", "3"), "--rounds is 3 with --method one_shot, expected block_imp or projection with it"),
+        (("--rounds", "3", "--method", "random"), "--rounds is 3 with --method random"),
         (("--scope", "model"), "scope is 'model', expected one of"),
     ],
 )

@@ -365,6 +365,7 @@ def test_bad_calls_of_sparsify():
     given = pyeff.Ticket.from_mask(torch.ones(48, 32, dtype=torch.bool), 8)
     for options, message in [
         ({}, "neither density nor tickets were given"),
+        ({"tickets": {}}, "neither density nor tickets were given"),
         ({"density": 0.5, "tickets": {"0": given}}, "density and tickets were both given"),
         ({"density": 0.5, "mode": "speed"}, "mode is 'speed', expected one of 'inference', 'training', 'all'"),
         ({"density": -1}, "density is -1"),

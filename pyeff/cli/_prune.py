@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pyeff import _machine
 from pyeff.cli import _prune_task
 from pyeff.demo.variants import Settings, load
-from pyeff.recipes import _ticket_sparsify, ticket
+from pyeff.recipes import _ticket_measure, ticket
 
 MIB = 2**20
 WIDTH = 100
@@ -60,6 +60,10 @@ def run(options: Options, out: Path) -> dict[str, Any]:
     method = options.method or ("block_imp" if options.trains else "one_shot")
     if method in ("block_imp", "projection") and not options.trains:
         raise ValueError(f"--method {method} trains, expected --task or --data")
+    if options.rounds is not None and method not in ("block_imp", "projection"):
+        raise ValueError(
+            f"--rounds is {options.rounds} with --method {method}, expected block_imp or projection with it"
+        )
     console = Console()
     console.width = min(console.width, WIDTH)
     settings = Settings(
@@ -143,12 +147,7 @@ def _measure(model: Any, dense: Any, pruning: ticket.Pruning, options: Options, 
             progress=lambda name, number, count: bar.update(row, completed=number, total=count, now=name),
         )  # fmt: skip
         bar.update(row, now="the whole model")
-        device = torch.device("cpu")
-        # In turns would need both at once; the dense one goes first, when the machine is as warm.
-        whole = {
-            name: _ticket_sparsify.model_times(m.train(), sample, device)
-            for name, m in (("dense", dense), ("ticket", model))
-        }
+        whole = _ticket_measure.compare_models({"dense": dense, "ticket": model}, sample, torch.device("cpu"))
     # Measured were tickets that are there; what they have kept is known from the pruning.
     known = {name: dataclasses.replace(r, retained=pruning.layers[name].retained) for name, r in found.layers.items()}
     found = dataclasses.replace(found, layers=known)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,16 +51,24 @@ def inputs_of(model: nn.Module, layers: Mapping[str, nn.Module], sample: Any) ->
         return hook
 
     handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
-    training = model.training
     try:
-        model.eval()
-        with torch.no_grad():
-            call(model, sample)
+        with modes_kept(model), torch.no_grad():
+            call(model.eval(), sample)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return found
+
+
+@contextlib.contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Inside, modules may be put in training or evaluation; afterwards each is in its own mode again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def call(model: nn.Module, sample: Any) -> Any:
@@ -121,6 +130,44 @@ def compare(layers: Mapping[str, nn.Module], given: Input) -> dict[str, tuple[fl
         for p, flag in flags.items():
             p.requires_grad_(flag)
     return {name: (forwards[name], steps[name]) for name in layers}
+
+
+def compare_models(
+    models: Mapping[str, nn.Module], sample: Any, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """(forward in evaluation and without gradients, forward and backward in training) of some models, in seconds.
+
+    The models take turns. The backward is that of the sum of the means of the outputs, for the parameters.
+    """
+
+    def forward(model: nn.Module) -> Callable[[], Any]:
+        def run() -> None:
+            with torch.no_grad():
+                call(model, sample)
+
+        return run
+
+    def step(model: nn.Module) -> Callable[[], Any]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+
+        def run() -> None:
+            with torch.enable_grad():
+                loss = sum(t.float().mean() for t in _tensors(call(model, sample)))
+                torch.autograd.grad(loss, trained, allow_unused=True)  # type: ignore[arg-type]
+
+        return run
+
+    with modes_kept(*models.values()):
+        forwards = race({name: forward(model.eval()) for name, model in models.items()}, device)
+        steps = race({name: step(model.train()) for name, model in models.items()}, device)
+    return {name: (forwards[name], steps[name]) for name in models}
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    items = output.values() if isinstance(output, Mapping) else output
+    return [t for t in items if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]
 
 
 def _wait(device: torch.device) -> None:

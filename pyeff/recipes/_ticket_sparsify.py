@@ -6,17 +6,17 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from pyeff.nn import TicketLinear
+from pyeff.nn._ticket_fused import Projection
 from pyeff.plans import Ticket
 from pyeff.recipes import _ticket_measure as measure
 from pyeff.recipes._ticket_activations import fuse_activations, split_activations
 from pyeff.recipes._ticket_install import dense_layer, install, rank
-from pyeff.recipes._ticket_qkv import fuse_qkv, split_qkv
+from pyeff.recipes._ticket_qkv import CHILD, fuse_qkv, split_qkv
 from pyeff.recipes._ticket_report import percent, short, table
-from pyeff.recipes._ticket_select import densities, pair, retained
+from pyeff.recipes._ticket_select import check, densities, pair, retained
 from pyeff.recipes._ticket_targets import Prunable, dense_weight, replace, targets
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def sparsify(
     """Makes tickets of the layers in which that is faster on this machine, and leaves the others dense.
 
     Every layer is timed, dense and as a ticket in turns, on random numbers of the shape that it gets for ``sample``. A
-    linear layer that stays dense is not pruned; a ticket that becomes dense keeps its zeros.
+    linear layer that stays dense is not pruned; a ticket that becomes dense keeps its zeros. A layer that the sample
+    does not reach stays what it is. What is fused is taken apart for that, and fused again as far as it still can be.
 
     Args:
         model (Module): changed in place.
@@ -153,7 +154,7 @@ def sparsify(
         mode (str): ``"inference"`` chooses by the forward, ``"training"`` by forward and backward, ``"all"`` makes
             every layer a ticket, whatever the times.
         scope (str), floor (float), include, exclude, stack: with ``density``: as of :func:`prune`.
-        fuse (bool): at the end, :func:`fuse_qkv` and :func:`fuse_activations`.
+        fuse (bool): at the end, :func:`fuse_qkv` and :func:`fuse_activations` of all that can be.
         progress (callable, optional): called as ``progress(path, number, count)`` before each layer.
 
     Returns:
@@ -174,42 +175,64 @@ def sparsify(
         raise ValueError(f"sparsify: mode is {mode!r}, expected one of {', '.join(map(repr, MODES))}")
     if density is not None and tickets is not None:
         raise ValueError("sparsify: density and tickets were both given, expected one of the two")
-    split_qkv(model)
-    split_activations(model)
-    layers: Mapping[str, Prunable]
     if density is not None:
         densities(density, "one_shot", None)
-        layers = targets(model, include=include, exclude=exclude, stack=stack)
-        tickets = rank(layers, density, pair(block), scope, floor)
-    elif tickets is None:
-        tickets = {name: m.ticket for name, m in model.named_modules() if isinstance(m, TicketLinear)}
-    if not tickets:
+        check(scope, floor, density)
+        pair(block)
+    elif not (any(isinstance(m, TicketLinear) for m in model.modules()) if tickets is None else tickets):
         raise ValueError("sparsify: neither density nor tickets were given, expected one, or a model with tickets")
-    layers = {name: model.get_submodule(name) for name in tickets}  # type: ignore[misc]
-    given = measure.inputs_of(model, layers, sample)
+    stacked = {path: m.get_submodule(CHILD) for path, m in model.named_modules() if CHILD in m._modules}
+    split_qkv(model)
+    activations: list[str] | None = split_activations(model)
+    attentions: list[str] | None = list(stacked)
     found = {}
-    for number, (name, wanted) in enumerate(tickets.items()):
-        if progress is not None:
-            progress(name, number, len(tickets))
-        found[name] = _layer(model, name, layers[name], wanted, given.get(name), MODES.index(mode))
-    if fuse:
-        fuse_qkv(model)
-        fuse_activations(model)
+    try:
+        if density is not None:
+            targeted = targets(model, include=include, exclude=exclude, stack=stack)
+            tickets = rank(targeted, density, pair(block), scope, floor)
+        elif tickets is None:
+            tickets = {name: m.ticket for name, m in model.named_modules() if isinstance(m, TicketLinear)}
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in tickets}
+        given = measure.inputs_of(model, layers, sample)
+        for number, (name, wanted) in enumerate(tickets.items()):
+            if progress is not None:
+                progress(name, number, len(tickets))
+            found[name] = _layer(model, name, layers[name], wanted, given.get(name), MODES.index(mode))
+        if fuse:
+            activations = attentions = None
+    finally:
+        _fuse_again(model, stacked, fuse_qkv(model, attentions))
+        fuse_activations(model, activations)
     return Sparsification(mode, found)
+
+
+def _fuse_again(model: nn.Module, stacked: Mapping[str, nn.Module], fused: Sequence[str]) -> None:
+    """The very layers that were there, where they are what was fused now: an optimizer has their parameters."""
+    for path in fused:
+        attention: Any = model.get_submodule(path)
+        old: Any = stacked.get(path)
+        if old is not None and old.ticket == getattr(attention, CHILD).ticket:
+            setattr(attention, CHILD, old)
+            for part in attention.children():
+                if isinstance(part, Projection):
+                    part.shared.layer = old
 
 
 def _layer(
     model: nn.Module, name: str, layer: Prunable, wanted: Ticket, given: measure.Input | None, by: int
 ) -> LayerTimes:
-    """Measures one layer, and puts what is faster into the model."""
+    """Measures one layer, and puts what is faster into the model; what cannot be measured stays as it is."""
+    every, is_ticket = by == MODES.index("all"), isinstance(layer, TicketLinear)
+    if given is None and not every and isinstance(layer, TicketLinear):
+        wanted = layer.ticket
     weight = dense_weight(layer)
     sparse, dense = _both(layer, wanted)
     never = {"dense": (0.0, 0.0), "ticket": (0.0, 0.0)}
     times = never if given is None else measure.compare({"dense": dense, "ticket": sparse}, given)
-    faster = by == MODES.index("all") or times["ticket"][by] < times["dense"][by]
+    faster = every or (is_ticket if given is None else times["ticket"][by] < times["dense"][by])
     if faster:
         install(model, {name: wanted})
-    elif isinstance(layer, TicketLinear):
+    elif is_ticket:
         replace(model, layer, dense)
     return LayerTimes(
         shape=wanted.shape, block=wanted.block, density=wanted.density, retained=retained(weight, wanted),
@@ -227,28 +250,3 @@ def _both(layer: Prunable, wanted: Ticket) -> tuple[TicketLinear, nn.Module]:
             sparse = TicketLinear.from_linear(layer.to_linear(), wanted, activation=layer.activation)
         return sparse, dense_layer(layer)
     return TicketLinear.from_linear(layer, wanted), layer
-
-
-def model_times(model: nn.Module, sample: Any, device: torch.device) -> tuple[float, float]:
-    """Seconds for a whole model: a forward without gradients, and forward and backward of the sum of its outputs."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def forward() -> None:
-        with torch.no_grad():
-            measure.call(model, sample)
-
-    def step() -> None:
-        with torch.enable_grad():
-            output = measure.call(model, sample)
-            loss = sum(t.float().mean() for t in _tensors(output))
-            torch.autograd.grad(loss, trained, allow_unused=True)  # type: ignore[arg-type]
-
-    found = measure.race({"forward": forward}, device) | measure.race({"step": step}, device)
-    return found["forward"], found["step"]
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return [output]
-    items = output.values() if isinstance(output, Mapping) else output
-    return [t for t in items if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad]
