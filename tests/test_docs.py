@@ -119,7 +119,7 @@ def test_places_for_tables_are_well_formed(page):
     text = prose(page)
     lines = [line for line in text.splitlines() if re.match(r"<!-- /?bench", line)]
     for opening, closing in zip(lines[::2], lines[1::2], strict=True):
-        assert re.fullmatch(r"<!-- bench:[\w+ ]+ -->", opening), opening
+        assert re.fullmatch(r"<!-- bench:[\w+. ]+ -->", opening), opening
         assert closing == "<!-- /bench -->", closing
     assert len(report._MARKED.findall(page.read_text())) * 2 == len(lines)
     marks = re.findall(r"^<!-- /?predict.*", text, re.M)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.nn import TicketLinear
+from pyeff.nn._ticket_carry import check_optimizers
 from pyeff.plans import Ticket
 from pyeff.recipes import _ticket_select as select_module
 from pyeff.recipes._ticket_masks import unmask
@@ -147,6 +148,7 @@ def install(
         True
     """
     modules, optimizers, weights = dict(model.named_modules(remove_duplicate=False)), list(optimizers), weights or {}
+    check_optimizers("install", optimizers)
     first: dict[int, str] = {}
     for name, ticket in tickets.items():
         module = modules.get(name)

@@ -224,6 +224,11 @@ def _check_layers(model: nn.Module, layers: Mapping[str, Prunable], method: str,
                 raise ValueError(f"prune: {name} is a ticket of blocks, expected method 'block_imp' or 'one_shot'")
             if layer.block != block:
                 raise ValueError(f"prune: block is {block}, expected {layer.block} as {name} has it")
+        elif method != "imp" and (block[0] > layer.out_features or block[1] > layer.in_features):
+            raise ValueError(
+                f"prune: block is {block}, expected no more than the layer, {name} is "
+                f"[{layer.out_features}, {layer.in_features}]; leave it out by exclude="
+            )
         elif hasattr(layer, "weight_mask") and method != "imp":
             raise ValueError(f"prune: {name} has a mask of elements, expected method 'imp', or blockify")
 
