@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pyeff import ops, reference
 from pyeff._version import __version__
 from pyeff.backends import backend, info
-from pyeff.plans import Ticket
+from pyeff.plans import MaskPlan, Ticket
 
 if TYPE_CHECKING:
     from pyeff import nn, recipes
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Load on first use: who only calls operations does not wait for them.
 _LAZY = ("nn", "recipes")
 
-__all__ = ["Ticket", "__version__", "backend", "info", "nn", "ops", "recipes", "reference"]
+__all__ = ["MaskPlan", "Ticket", "__version__", "backend", "info", "nn", "ops", "recipes", "reference"]
 
 
 def __getattr__(name: str):

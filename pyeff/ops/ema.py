@@ -1,0 +1,131 @@
+"""The moving average of parameters as an op: all of them in one pass, with copies in lower precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyeff import backends, reference
+from pyeff.ops import _multimask_kernels as kernels
+from pyeff.ops import _register
+from pyeff.ops._multimask_checks import DTYPES, check_floating
+
+_lib = torch.library.Library("pyeff", "FRAGMENT")
+_lib.define(
+    "ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor decay, Tensor(b!)[] copies, *, str backend='') -> ()"
+)
+_lib.define(
+    "ema_update_kernels(Tensor(a!)[] ema, Tensor[] params, Tensor decay, Tensor(b!)[] copies, str backend) -> ()"
+)
+
+
+def ema_update_(
+    ema: Sequence[Tensor],
+    params: Sequence[Tensor],
+    decay: float | Tensor,
+    *,
+    copies: Sequence[Tensor] | None = None,
+) -> None:
+    """``ema = decay ema + (1 - decay) params`` in place, for all tensors in one pass.
+
+    Args:
+        ema (sequence of Tensor): the averages, float32 as a rule; contiguous; changed.
+        params (sequence of Tensor): as many, of the same shapes, of any floating dtype.
+        decay (float or Tensor): 0 to 1. A float64 tensor of one number on the device of ``ema`` may change between
+            replays of a graph. ``1 - decay`` is taken in float64.
+        copies (sequence of Tensor, optional): as many, of the same shapes: the new averages once more, in the dtypes of
+            these, written in the same pass.
+
+    Raises:
+        ValueError: anything that does not fit; then nothing has been written.
+        RuntimeError: a backend was named that cannot serve the call.
+
+    Computed in at least float32. Nothing is recorded for a gradient. Source: Baevski et al., 2022, arXiv 2212.07525,
+    section 3.1.
+
+    Example:
+        >>> import torch, pyeff
+        >>> student = torch.nn.Linear(4, 4)
+        >>> teacher = [p.detach().clone() for p in student.parameters()]
+        >>> pyeff.ops.ema_update_(teacher, list(student.parameters()), 0.999)
+    """
+    op = "ema_update_"
+    ema, params, copies = list(ema), list(params), None if copies is None else list(copies)
+    _check(op, ema, params, copies or [], copies is not None)
+    if not ema:
+        return
+    if isinstance(decay, Tensor):
+        if decay.dtype != torch.float64 or decay.numel() != 1 or decay.device != ema[0].device:
+            raise ValueError(
+                f"{op}: decay is {decay.dtype} {list(decay.shape)} on {decay.device}, expected a number, or one "
+                f"float64 on {ema[0].device}"
+            )
+    elif isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
+        raise ValueError(f"{op}: decay is {decay!r}, expected a number from 0 to 1")
+    else:
+        decay = torch.full((), float(decay), dtype=torch.float64, device=ema[0].device)
+    torch.ops.pyeff.ema_update_(ema, params, decay, copies or [], backend=backends.current())
+
+
+def _check(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor], wanted: bool) -> None:
+    for name, given in (("params", params), *([("copies", copies)] if wanted else [])):
+        if len(given) != len(ema):
+            raise ValueError(f"{op}: {name} has {len(given)} tensors, expected {len(ema)} as ema")
+    for i, average in enumerate(ema):
+        others = {f"params[{i}]": params[i]} | ({f"copies[{i}]": copies[i]} if copies else {})
+        check_floating(op, **{f"ema[{i}]": average}, **others)
+        for name, t in {f"ema[{i}]": average, **others}.items():
+            if t.shape != average.shape or t.device != ema[0].device or t.layout != torch.strided:
+                raise ValueError(
+                    f"{op}: {name} is {t.layout} {list(t.shape)} on {t.device}, expected a dense tensor "
+                    f"{list(average.shape)} on {ema[0].device}"
+                )
+            if not name.startswith("params") and not t.is_contiguous():
+                raise ValueError(f"{op}: {name} is not contiguous, expected a contiguous tensor, since it is written")
+    _check_apart(op, ema, params, copies)
+
+
+def _check_apart(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> None:
+    """What is written may overlap nothing: threads would see each other's results."""
+    if torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in (*ema, *params)):
+        return
+    spans = [
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), f"{name}[{i}]", name != "params")
+        for name, given in (("ema", ema), ("copies", copies), ("params", params))
+        for i, t in enumerate(given)
+        if t.numel() and (t.is_contiguous() or name != "params")
+    ]
+    spans.sort()
+    end, last, written = 0, "", False
+    for start, stop, name, writes in spans:
+        if start < end and (writes or written):
+            raise ValueError(f"{op}: {name} shares memory with {last}, expected tensors that do not overlap")
+        if stop > end:
+            end, last, written = stop, name, writes
+
+
+def _ema(ema, params, decay, copies, *, backend=""):
+    op = "ema_update_"
+    if not ema:
+        return
+    _check(op, list(ema), list(params), list(copies), bool(copies))
+    with torch.no_grad():
+        ema, params, copies = ([t.detach() for t in given] for given in (ema, params, copies))
+        # The kernels know what they know of each; one tensor of another dtype is for the reference.
+        order = sorted((*ema, *params, *copies), key=lambda t: DTYPES.index(t.dtype))
+        like = next((t for t in order if t.dtype in (torch.float16, torch.float64)), ema[0])
+        chosen = kernels.choose(op, like, 0, backend, "")
+        if chosen == "reference":
+            reference.ema_update_(ema, params, decay, copies=copies or None)
+        else:
+            torch.ops.pyeff.ema_update_kernels(ema, params, decay, copies, chosen)
+
+
+def _kernels(ema, params, decay, copies, backend):
+    kernels.call(backend, "ema_update", ema, [t.contiguous() for t in params], decay, copies)
+
+
+_register.composite(_lib, "ema_update_", _ema)
+_register.kernels(_lib, "ema_update_kernels", _kernels, lambda *arguments: None)
