@@ -75,7 +75,7 @@ def _check_index(op: str, like: Tensor, ids_keep: Tensor, keep_len: Tensor, inve
     """The parts of a plan against each other."""
     if ids_keep.dim() != 2 or inverse.dim() != 2:
         raise ValueError(
-            f"{op}: ids_keep has shape {list(ids_keep.shape)} and inverse {list(inverse.shape)}, expected [R, K], [R, T]"
+            f"{op}: ids_keep has shape {list(ids_keep.shape)}, inverse {list(inverse.shape)}, expected [R, K], [R, T]"
         )
     count = ids_keep.shape[0]
     check_tensor(op, "ids_keep", ids_keep, tuple(ids_keep.shape), like, torch.int32, "the index of a plan is")

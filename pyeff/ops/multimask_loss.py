@@ -1,8 +1,8 @@
 """The loss of many masked students against one target as an op, with the moments that watch for collapse.
 
 ``pyeff::multimask_loss`` checks and chooses a backend; the kernels sit behind ``..._forward`` and ``..._backward``.
-Where only the predictions want a gradient, the forward pass writes it as it reads them, for a derivative of 1 from above; the
-backward pass then has nothing to do, or has to multiply.
+Where only the predictions want a gradient, the forward pass writes it as it reads them, for a derivative of 1 from
+above; the backward pass then has nothing to do, or has to multiply.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def multimask_loss(
 
     Returns:
         Tensor or (Tensor, Tensor): the loss, float32 (float64 for float64), a number or [B*M, T] with zero where
-        nothing is hidden; and the moments [1 + 4D] float64: the count of hidden tokens, then for each channel the sums and the
-        sums of squares of the targets and of the predictions. Moments of several processes add up.
+        nothing is hidden; and the moments [1 + 4D] float64: the count of hidden tokens, then for each channel the sums
+        and the sums of squares of the targets and of the predictions. Moments of several processes add up.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, an unknown option, or a ``beta`` that is
