@@ -168,9 +168,8 @@ def make_decoder(parts: Parts, settings: Settings) -> nn.Module:
     Raises:
         ValueError: sizes that do not fit each other, or images whose size the model does not tell.
     """
-    hidden = settings.decoder_width or parts.width
     options = {
-        "hidden": hidden, "kernel": settings.decoder_kernel, "groups": settings.decoder_groups,
+        "hidden": settings.decoder_width, "kernel": settings.decoder_kernel, "groups": settings.decoder_groups,
         "layers": settings.decoder_layers, "out": parts.width,
     }  # fmt: skip
     if parts.patch is None:

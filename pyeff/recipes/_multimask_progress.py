@@ -27,6 +27,11 @@ class Meter:
         self.sums = torch.zeros(3 + 1 + 4 * width, dtype=torch.float64, device=device)
         self.samples, self.since = 0, time.perf_counter()
 
+    def reset(self) -> None:
+        """Forgets what was added."""
+        self.sums.zero_()
+        self.samples, self.since = 0, time.perf_counter()
+
     @torch.no_grad()
     def add(self, loss: Tensor, norm: Tensor, moments: Tensor | None, samples: int) -> None:
         """One step: its loss and the norm of its gradient, over all processes; its moments, of this one."""
@@ -44,9 +49,8 @@ class Meter:
         spread = torch.stack(ops.multimask_spread(sums[3:]))
         loss, norm, targets, predictions = torch.cat([(sums[1:3] / steps), spread]).tolist()
         seconds = time.perf_counter() - self.since
-        self.sums.zero_()
         rate = self.samples / seconds if seconds > 0 else math.nan
-        self.samples, self.since = 0, time.perf_counter()
+        self.reset()
         return {
             "loss": loss, "grad_norm": norm, "target_spread": targets, "prediction_spread": predictions,
             "samples_per_second": rate,

@@ -58,13 +58,13 @@ class Settings:
     target: str
     noise_std: float
     positions: bool
-    decoder_width: int | None
+    decoder_width: int
     decoder_layers: int
     decoder_kernel: int
     decoder_groups: int
     loss: str
     beta: float
-    scale: float | None
+    scale: float
     cls_loss: float
     ema_decay: float
     ema_end: float
@@ -127,6 +127,9 @@ def resolve(preset: str | None, given: Mapping[str, Any], modality: str, layers:
         raise ValueError(f"{unknown[0]} is no option of a pre-training")
     if values["warmup"] is None:
         values["warmup"] = values["steps"] // 20 if isinstance(values["steps"], int) else 0
+    if values["scale"] is None:
+        values["scale"] = 1.0 if values["loss"] == "cosine" else width**-0.5
+    values["decoder_width"] = values["decoder_width"] or width
     # 0 stands for none in an argument where None stands for the preset's.
     values["clip"] = values["clip"] or None
     values["betas"] = tuple(values["betas"])
@@ -140,7 +143,8 @@ def _check(s: Settings, layers: int) -> None:
     for name, low, high, expected in (
         ("masks", 1, 2**30, "at least 1"), ("length", 1, 2**30, "at least 1"), ("top_k_layers", 1, layers, top),
         ("decoder_layers", 1, 2**30, "at least 1"), ("decoder_kernel", 1, 2**30, "at least 1"),
-        ("decoder_groups", 1, 2**30, "at least 1"), ("ema_steps", 1, 2**62, "at least 1"),
+        ("decoder_groups", 1, 2**30, "at least 1"),
+        ("decoder_width", 1, 2**30, "at least 1"), ("ema_steps", 1, 2**62, "at least 1"),
         ("steps", 1, 2**62, "at least 1"), ("warmup", 0, s.steps, f"0 to steps, {s.steps}"),
         ("batch_size", 1, 2**30, "at least 1"), ("accumulate", 1, s.batch_size, f"1 to batch_size, {s.batch_size}"),
         ("seed", -(2**63), 2**63 - 1, "64 bits"),
@@ -155,7 +159,7 @@ def _check(s: Settings, layers: int) -> None:
         ("weight_decay", 0, infinity), ("clip", 0, infinity), ("scale", 0, infinity),
     ):  # fmt: skip
         value = getattr(s, name)
-        if value is None and name in ("clip", "scale"):
+        if value is None and name == "clip":
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{name} is {value!r}, expected a number from {low} to {high}")

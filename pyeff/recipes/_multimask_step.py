@@ -55,9 +55,6 @@ class Engine:
         )  # fmt: skip
         self._prepare_teacher()
         self.loss = MultimaskLoss(settings.loss, beta=settings.beta, cls_weight=settings.cls_loss)
-        self.scale = parts.width**-0.5 if settings.scale is None else settings.scale
-        if settings.loss == "cosine" and settings.scale is None:
-            self.scale = 1.0
         self.seed = torch.zeros((), dtype=torch.int64, device=device)
         self.key = key(settings.seed, "masks and noise")
         self.usual = maximal_tokens(parts)
@@ -144,7 +141,7 @@ class Engine:
         Returns:
             (Tensor, Tensor or None): [2] float64, loss (divided) and hidden tokens of this process; and its moments.
         """
-        self.loss.scale = self.scale / divisor
+        self.loss.scale = self.settings.scale / divisor
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         moments: Tensor | None = None
         for i, batch in enumerate(batches):

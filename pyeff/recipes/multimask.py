@@ -10,9 +10,7 @@ Vision, Speech and Language", 2022, arXiv 2212.07525.
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.recipes import _multimask_files as files
-from pyeff.recipes._multimask_data import Collate, Order, Places, is_dataset, loader, prepare
+from pyeff.recipes import _multimask_fit, _multimask_resume
+from pyeff.recipes._multimask_data import Collate, prepare
 from pyeff.recipes._multimask_models import find_parts, make_decoder
 from pyeff.recipes._multimask_optim import Rates, adamw, scale_and_clip
-from pyeff.recipes._multimask_progress import CollapseWarning, Meter, collapsed, progress as shown
-from pyeff.recipes._multimask_settings import LAYOUT, Settings, key, resolve
-from pyeff.recipes._multimask_step import DTYPES, Engine, move
+from pyeff.recipes._multimask_progress import CollapseWarning, Meter
+from pyeff.recipes._multimask_settings import Settings, key, resolve
+from pyeff.recipes._multimask_step import Engine, move
 
 __all__ = ["CollapseWarning", "Pretrainer"]
 
@@ -187,7 +186,6 @@ class Pretrainer:
         self._collate = Collate(parts.modality, tokenizer, pad or 0, limit)
         self._meter = Meter(parts.width, device)
         self.steps_done, self.samples_done = 0, 0
-        self._optimizer_given, self._decoder_given = optimizer is not None, decoder
         self._last_rate = self._rates.base[0]
 
     @property
@@ -299,72 +297,10 @@ class Pretrainer:
         Raises:
             ValueError: an argument out of range, or data that are not understood.
         """
-        if steps is None:
-            steps = max(self.settings.steps - self.steps_done, 0)
-        for name, value in (("steps", steps), ("every", every), ("save_every", save_every), ("workers", workers)):
-            least = 0 if name in ("steps", "workers") else 1
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
-        if save_every is not None and path is None:
-            raise ValueError("save_every was given without a path, expected one to save to")
-        callbacks, history = list(callbacks), []
-        bar = shown(progress, self.steps_done + steps, self.steps_done, self._engine.rank == 0)
-        self._meter.read(self._engine.world)
-        try:
-            batches = iter(self._batches(data, steps, workers))
-            for done in range(1, steps + 1):
-                batch = next(batches, None)
-                if batch is None:
-                    break
-                self.step(batch)
-                bar.step()
-                going = True
-                if done % every == 0 or done == steps:
-                    history.append(self.metrics())
-                    bar.record(history[-1])
-                    going = self._watch(history[-1], floor, stop)
-                    going = all([callback(self, history[-1]) is not False for callback in callbacks]) and going
-                if path is not None and save_every is not None and done % save_every == 0:
-                    self.save(path)
-                if not going:
-                    break
-        finally:
-            bar.close()
-        if path is not None:
-            self.save(path)
-        return history
-
-    def _batches(self, data: Any, steps: int, workers: int) -> Iterable[Any]:
-        if not is_dataset(data) or isinstance(data, torch.utils.data.DataLoader):
-            if not hasattr(data, "__iter__"):
-                raise ValueError(f"data is a {type(data).__name__}, expected samples by index, or batches to iterate")
-            return data
-        engine, s = self._engine, self.settings
-        places = Places(
-            Order(len(data), s.seed), self.samples_done, steps, s.batch_size, engine.rank, engine.world
+        return _multimask_fit.fit(
+            self, data, steps, every=every, progress=progress, callbacks=list(callbacks), floor=floor, stop=stop,
+            workers=workers, path=path, save_every=save_every,
         )  # fmt: skip
-        pin = self.device.type == "cuda"
-        return loader(data, self._collate, places, workers=workers, pin=pin, seed=s.seed)
-
-    def _watch(self, record: dict[str, float], floor: float, stop: bool) -> bool:
-        """Whether to go on."""
-        message = collapsed(record, floor) if self.steps_done > self.settings.warmup else None
-        if message is None:
-            return True
-        if self._engine.rank == 0:
-            warnings.warn(message, CollapseWarning, stacklevel=3)
-        return not stop
-
-    def _tensors(self) -> dict[str, Tensor]:
-        teacher = self._engine.teacher
-        return {
-            **files.module_tensors("encoder", self.parts.base), **files.module_tensors("decoder", self.decoder),
-            **files.module_tensors("teacher", teacher.average), "teacher_updates.count": teacher.updates,
-        }  # fmt: skip
-
-    def _names(self) -> dict[nn.Parameter, str]:
-        """Of what the optimizer may have states of."""
-        return {p: name for name, p in self._engine.students.named_parameters()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything that a later :meth:`resume` needs into one safetensors file, which is there whole or not.
@@ -377,17 +313,7 @@ class Pretrainer:
         Raises:
             ValueError: the optimizer keeps a state that is neither tensor nor number.
         """
-        if self._engine.rank == 0:
-            moments, numbers = files.optimizer_tensors(self.optimizer, self._names())
-            scaler = None if self._scaler is None else self._scaler.state_dict()
-            config = {
-                "recipe": "multimask", "version": files.VERSION, "model": type(self.parts.base).__name__,
-                "optimizer": type(self.optimizer).__name__, "settings": self.settings.as_json(),
-                "steps_done": self.steps_done, "samples_done": self.samples_done, "numbers": numbers, "scaler": scaler,
-            }  # fmt: skip
-            files.write(path, {**self._tensors(), **moments}, config)
-        if self._engine.world > 1:
-            torch.distributed.barrier()
+        _multimask_resume.save(self, path)
 
     def resume(self, path: str | os.PathLike) -> Pretrainer:
         """Continues where a file was written, bit by bit as if it had not been.
@@ -404,31 +330,7 @@ class Pretrainer:
         Raises:
             ValueError: the file is of something else, or of another model or settings. Then nothing has been changed.
         """
-        return self._resume(path, *files.read(path), compare=True)
-
-    def _resume(
-        self, path: str | os.PathLike, tensors: dict[str, Tensor], config: dict[str, Any], compare: bool
-    ) -> Pretrainer:
-        for what, mine in (("model", self.parts.base), ("optimizer", self.optimizer)):
-            if config.get(what) != type(mine).__name__:
-                raise ValueError(f"{os.fspath(path)}: {what} is {config.get(what)!r}, expected {type(mine).__name__!r}")
-        if compare:
-            own, theirs = ({**s} for s in (self.settings.as_json(), config["settings"]))
-            for name in LAYOUT:
-                own.pop(name), theirs.pop(name, None)
-            files.check_settings(path, theirs, own)
-        into = self._tensors()
-        files.check(path, tensors, into, ("encoder", "decoder", "teacher", "teacher_updates"))
-        state = files.optimizer_state(path, tensors, config["numbers"], self.optimizer, self._names())
-        with torch.no_grad():
-            for name, t in into.items():
-                t.copy_(tensors[name])
-        self._engine.teacher.refresh()
-        self.optimizer.load_state_dict(state)
-        if self._scaler is not None and config["scaler"]:
-            self._scaler.load_state_dict(config["scaler"])
-        self.steps_done, self.samples_done = config["steps_done"], config["samples_done"]
-        self._meter.sums.zero_()
+        _multimask_resume.resume(self, path, *files.read(path), compare=True)
         return self
 
     @classmethod
@@ -448,11 +350,6 @@ class Pretrainer:
             ValueError: as for :meth:`resume`.
         """
         tensors, config = files.read(path)
-        known = {field.name for field in dataclasses.fields(Settings)}
-        settings = {k: v for k, v in config["settings"].items() if k in known}
-        # None is the preset's; no limit is 0.
-        settings["clip"] = settings["clip"] or 0
-        return cls(model, **{**settings, **changes})._resume(path, tensors, config, compare=False)
-
-
-_ = DTYPES
+        trainer = cls(model, **{**_multimask_resume.arguments(config), **changes})
+        _multimask_resume.resume(trainer, path, tensors, config, compare=False)
+        return trainer
