@@ -27,7 +27,7 @@ class Engine:
     """
 
     def __init__(
-        self, parts: Parts, decoder: nn.Module, settings: Settings, device: torch.device, compiled: bool
+        self, parts: Parts, decoder: nn.Module, settings: Settings, device: torch.device, compiled: bool | str
     ) -> None:
         self.parts, self.settings, self.device = parts, settings, device
         self.rank, self.world = place()
@@ -38,7 +38,7 @@ class Engine:
         if not self.named:
             raise ValueError("model has no parameters that require a gradient, expected some to train")
         if compiled:
-            self.students.compile()
+            self.students.compile(**({} if compiled is True else {"backend": compiled}))
         self.call: nn.Module = self.students
         if self.world > 1:
             parallel = nn.parallel.DistributedDataParallel

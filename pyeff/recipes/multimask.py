@@ -82,7 +82,7 @@ class Pretrainer:
         amp (str): ``"bf16"`` or ``"fp16"`` (with a gradient scaler) for autocast. Default: none.
         seed (int): of everything that is random.
         device (device, optional): Default: the model's.
-        compile (bool): run the students under torch.compile.
+        compile (bool or str): run the students under torch.compile, or under that backend of it.
         tokenizer (callable, optional): of Hugging Face, for batches of texts.
         max_length (int): tokens at which texts are cut off. Default: what the model can take.
 
@@ -156,7 +156,7 @@ class Pretrainer:
         amp: str | None = None,
         seed: int | None = None,
         device: torch.device | str | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         tokenizer: Callable[..., Any] | None = None,
         max_length: int | None = None,
     ) -> None:
