@@ -16,7 +16,7 @@ WHOLE = (256, 1024)
 # Channels of a token that a program of ``rows`` holds.
 ROW = 1024
 # Tokens of a mask that one program holds.
-MASK = (256, 1024, 4096)
+MASK = (256, 1024)
 
 _CONFIGS: dict[str, Config] = {
     "multimask_gather": Config("rows", {"BLOCK_R": 8, "BLOCK_C": 256}, 8, 1),
@@ -28,7 +28,7 @@ _CONFIGS: dict[str, Config] = {
     "multimask_statistics": Config("columns", {"BLOCK_T": 64, "BLOCK_C": 64}, 8, 1),
     "multimask_apply": Config("tile", {"BLOCK_T": 8, "BLOCK_C": 256}, 8, 1),
     "multimask_rows": Config("tokens", {"BLOCK_T": 2, "BLOCK_C": ROW}, 8, 1),
-    "multimask_loss": Config("tile", {"BLOCK_T": 8, "BLOCK_C": 256}, 8, 1),
+    "multimask_loss": Config("tile", {"BLOCK_T": 8, "BLOCK_C": 256}, 8, 1, 80),
     "multimask_moments": Config("tile", {"BLOCK_T": 8, "BLOCK_C": 128}, 8, 1),
     "multimask_cosine": Config("tokens", {"BLOCK_T": 2, "BLOCK_C": 1024}, 8, 1),
     "multimask_finish": Config("columns", {"BLOCK_P": 1024, "BLOCK_G": 64, "BLOCK_N": 32}, 8, 1),
@@ -36,7 +36,6 @@ _CONFIGS: dict[str, Config] = {
     "multimask_bias": Config("places", {"BLOCK": 2048}, 8, 1),
     "multimask_mask256": Config("row", {"BLOCK_T": 256}, 2, 1),
     "multimask_mask1024": Config("row", {"BLOCK_T": 1024}, 4, 1),
-    "multimask_mask4096": Config("row", {"BLOCK_T": 4096}, 16, 1),
     "multimask_ema": Config("numbers", {"BLOCK": 4096}, 8, 1),
 }
 
@@ -45,8 +44,8 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "multimask_gather": {"BLOCK_R": 64, "BLOCK_C": 32},
     "multimask_sum": {"BLOCK_T": 16, "BLOCK_C": 32},
     "multimask_scatter": {"BLOCK_C": 32},
-    "multimask_statistics": {"BLOCK_T": 16, "BLOCK_C": 32},
-    "multimask_apply": {"BLOCK_T": 16, "BLOCK_C": 32},
+    "multimask_statistics": {"BLOCK_T": 64, "BLOCK_C": 32},
+    "multimask_apply": {"BLOCK_T": 64, "BLOCK_C": 32},
     "multimask_rows": {"BLOCK_T": 16, "BLOCK_C": 64},
     "multimask_loss": {"BLOCK_T": 16, "BLOCK_C": 32},
     "multimask_moments": {"BLOCK_T": 16, "BLOCK_C": 32},

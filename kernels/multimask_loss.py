@@ -62,7 +62,7 @@ def _upstream(grad, row, mask, PLACES: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "masks", "tokens", "tiles", "last", "each", "pred_row", "target_sample", "beta", "scale",
+        "masks", "tokens", "tiles", "last", "each", "beta", "scale",
     ]
 )  # fmt: skip
 def distance(
@@ -157,7 +157,7 @@ def distance(
             tl.store(counts + group, tl.sum(number, axis=0))
 
 
-@triton.jit(do_not_specialize=["masks", "tokens", "pred_row", "target_sample", "scale"])
+@triton.jit(do_not_specialize=["masks", "tokens", "scale"])
 def cosine(
     pred, target, inverse, lengths, count, grad, losses, dpred, dtarget, masks, tokens, pred_row, pred_token,
     target_sample, target_token, width, scale,
@@ -262,7 +262,7 @@ def finish(
             tl.store(out, tl.sum(number, axis=0).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def rescale(t, factor, size, BLOCK: tl.constexpr):
     """t *= factor; nothing is written where that is one. Grid: (ceil(size / BLOCK),)."""
     by = tl.load(factor)

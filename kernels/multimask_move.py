@@ -137,7 +137,7 @@ def scatter(
             tl.store(to + c, tl.zeros([BLOCK_C], out.dtype.element_ty), mask=c < width)
 
 
-@triton.jit(do_not_specialize=["parts", "size"])
+@triton.jit(do_not_specialize=["parts"])
 def add(parted, to, parts, size, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """The sum of parts [parts, size] float32, in a fixed order. Grid: (ceil(size / BLOCK_N),)."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -16,7 +16,7 @@ _BITS = tl.constexpr(33)
 @triton.jit
 def _floor(length, share):
     """int(length * share), a product in float64; the share comes as its bits."""
-    return (length.to(tl.float64) * share.to(tl.float64, bitcast=True)).to(tl.int64)
+    return (length.to(tl.float64) * share.to(tl.int64).to(tl.float64, bitcast=True)).to(tl.int64)
 
 
 @triton.jit
@@ -217,12 +217,12 @@ def relative_bias_backward(
     r = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     distance, _ = _distances(ids_keep, keep_len, r, place, slots, prefix, area)
-    # What has no distance has no gradient, whatever came there.
-    counts = (distance > 0.0) & (place < area)
     part = r.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     first = tl.program_id(2) * each
     for h in range(first, tl.minimum(first + each, heads)):
-        g = tl.load(grad + (r.to(tl.int64) * heads + h) * area + place, mask=counts, other=0.0).to(tl.float32)
+        at = grad + (r.to(tl.int64) * heads + h) * area + place
+        # What has no distance has no gradient, whatever came there.
+        g = tl.where(distance > 0.0, tl.load(at, mask=place < area, other=0.0).to(tl.float32), 0.0)
         tl.store(parts + part * heads + h, -tl.sum(g * distance, axis=0))
 
 
