@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -85,7 +84,7 @@ def block_mask(
     if len(sizes) not in (1, 2):
         raise ValueError(f"{op}: shape is {shape!r}, expected (T,) or (H, W)")
     for name, n in (*numbers.items(), *(("shape", n) for n in sizes)):
-        if isinstance(n, bool) or not hasattr(n, "__index__") or operator.index(n) < 1:
+        if not _is_integer(n) or n < 1:
             raise ValueError(f"{op}: {name} is {n!r}, expected integers of at least 1")
     for name, value, limit in (("keep", keep, 1.0), ("adjust", adjust, float("inf"))):
         if not isinstance(value, (int, float)) or not (0 <= value <= limit if name == "keep" else abs(value) < limit):
@@ -103,9 +102,16 @@ def block_mask(
     ids_keep, keep_len, kept_slot = torch.ops.pyeff.block_mask(
         checked_seed(op, seed, device), sample_ids, lengths, M, tokens, sizes[1] if len(sizes) == 2 else 0,
         float(keep), share(keep, adjust, length, inverse, len(sizes)), length, bool(inverse),
-        max(int(tokens * keep), 1), backend=backends.current(),
+        torch.sym_max(torch.sym_int(tokens * keep), 1), backend=backends.current(),
     )  # fmt: skip
     return MaskPlan(ids_keep, keep_len, kept_slot, lengths)
+
+
+def _is_integer(n: object) -> bool:
+    """Numbers of a tracer among them, which must not be asked for their value."""
+    if isinstance(n, (int, torch.SymInt)):
+        return not isinstance(n, bool)
+    return hasattr(n, "__index__")
 
 
 def _indexed(device: torch.device) -> torch.device:
