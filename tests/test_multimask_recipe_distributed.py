@@ -1,4 +1,4 @@
-"""Pre-training by two processes is that of one with both of their batches; masks and noise do not see the difference."""
+"""Pre-training by two processes is that of one with both of their batches, in masks, noise, updates and records."""
 
 from __future__ import annotations
 

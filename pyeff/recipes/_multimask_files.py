@@ -24,7 +24,7 @@ def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+    optimizer: torch.optim.Optimizer, names: Mapping[Any, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, numbers) of an optimizer's state, by the names of its parameters.
 

@@ -1,4 +1,4 @@
-"""The parts of an encoder that a pre-training needs: embeddings, layers, final norm, and where the targets come from."""
+"""The parts of an encoder that a pre-training needs: embeddings, layers, final norm, where the targets come from."""
 
 from __future__ import annotations
 
