@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyeff.ops._calls import check_tensor, transform_of
+from pyeff.ops._calls import check_tensor
 from pyeff.plans import MaskPlan
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -80,9 +80,3 @@ def check_sample_ids(op: str, sample_ids: object, batch: int, like: Tensor) -> N
             else f"a {type(sample_ids).__name__}"
         )
         raise ValueError(f"{op}: sample_ids is {what}, expected int64 [{batch}] on {like.device}")
-
-
-def refuse_tangents(op: str, backend: str, tensors: list[Tensor | None]) -> None:
-    """A graph compiled for tensors without tangents calls the kernels with whatever it is given later."""
-    if transform := transform_of(tensors):
-        raise RuntimeError(f"{op}: {transform} is not supported by the {backend} kernels")

@@ -13,15 +13,8 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, transform_of
-from pyeff.ops._multimask_checks import (
-    check_floating,
-    check_plan,
-    check_sample_ids,
-    check_seed,
-    checked_seed,
-    refuse_tangents,
-)
+from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
+from pyeff.ops._multimask_checks import check_floating, check_plan, check_sample_ids, check_seed, checked_seed
 from pyeff.plans import MaskPlan
 
 _lib = torch.library.Library("pyeff", "FRAGMENT")

@@ -14,8 +14,8 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, transform_of
-from pyeff.ops._multimask_checks import check_eps, check_floating, check_option, refuse_tangents
+from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
+from pyeff.ops._multimask_checks import check_eps, check_floating, check_option
 from pyeff.plans.mask import checked_lengths
 from pyeff.reference.multimask import NORMS, wide
 
