@@ -12,8 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyeff
 from tests import helpers, places
 from tests.multimask_calls import (
-    KINDS, MAKERS, NORMS, OPS, REDUCTIONS, Call, check_call, make_bias, make_gather, make_loss, make_plan, make_scatter,
-    make_targets, normal, random_grad, results,
+    KINDS,
+    MAKERS,
+    NORMS,
+    OPS,
+    REDUCTIONS,
+    Call,
+    check_call,
+    make_bias,
+    make_gather,
+    make_loss,
+    make_plan,
+    make_scatter,
+    make_targets,
+    normal,
+    random_grad,
+    results,
 )  # fmt: skip
 
 OPERATION = "multimask_loss"

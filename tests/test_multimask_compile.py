@@ -20,13 +20,6 @@ OPERATION = "multimask_loss"
 ops = pytest.mark.parametrize("op", OPS)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled(function, backend="aot_eager", **options):
     return torch.compile(function, backend=backend, fullgraph=True, **options)
 

@@ -16,7 +16,8 @@ class _Convolution(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], groups: int) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(inputs, outputs, kernel, padding="same", groups=groups)
-        self.convolution.to(memory_format=torch.channels_last)
+        weight = self.convolution.weight
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         y = self.convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

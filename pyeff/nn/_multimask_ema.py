@@ -125,8 +125,8 @@ class EMATeacher(nn.Module):
         differ = differ or sorted(set(buffers) ^ set(given)) or [n for n in given if buffers[n].shape != given[n].shape]
         if differ:
             raise ValueError(
-                f"EMATeacher.update: student differs in {differ[0]} ({len(differ)} in all), expected the parameters and "
-                "buffers of the model"
+                f"EMATeacher.update: student differs in {differ[0]} ({len(differ)} in all), expected the parameters "
+                "and buffers of the model"
             )
         self.updates.add_(1)
         names = [name for name in mine if theirs[name].requires_grad and mine[name].is_floating_point()]
@@ -138,7 +138,9 @@ class EMATeacher(nn.Module):
                 copies=[working[n] for n in here] if self._working else None,
             )  # fmt: skip
         averaged = set(names)
-        rest = {name: (mine[name], theirs[name]) for name in mine if name not in averaged}
+        rest: dict[str, tuple[Tensor, Tensor]] = {
+            name: (mine[name], theirs[name]) for name in mine if name not in averaged
+        }
         rest |= {name: (buffers[name], given[name]) for name in buffers}
         for to, source in rest.values():
             to.copy_(source)

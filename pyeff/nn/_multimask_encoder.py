@@ -13,10 +13,10 @@ from pyeff import ops
 from pyeff.plans import MaskPlan
 
 # Where models of Hugging Face keep their layers, and the norm that follows them.
-_LAYERS = ("encoder.layer", "encoder.layers", "layers", "layer")
+_LAYERS = ("encoder.layer", "encoder.layers", "transformer.layer", "layers", "layer")
 _NORMS = ("layernorm", "final_layernorm", "encoder.layer_norm", "encoder.layernorm")
 # What gives an MLP's output before the residual is added to it.
-_MLPS = ("mlp", "output.dense", "feed_forward.output_dense", "feed_forward")
+_MLPS = ("mlp", "output.dense", "ffn", "feed_forward")
 
 
 def key_mask(plan: MaskPlan) -> Tensor:
@@ -145,7 +145,7 @@ class LayerStack(nn.Module):
 
     @classmethod
     def of(cls, model: nn.Module) -> LayerStack:
-        """The stack of an encoder: BERT, RoBERTa, ViT, BEiT, DeiT and others that are built like them.
+        """The stack of an encoder: BERT, RoBERTa, DistilBERT, ViT and others that are built like them.
 
         Args:
             model (Module): of Hugging Face, with or without a head.

@@ -99,8 +99,11 @@ class TargetRecorder:
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ValueError(f"TargetRecorder: prefix is {prefix!r}, expected an integer of at least 0")
         self.norm, self.post_norm, self.eps, self.prefix, self.collect = norm, post_norm, eps, prefix, collect
-        self._begin(None)
+        self._lengths: Tensor | None = None
+        self._total: Tensor | None = None
         self._targets: Tensor | None = None
+        self._layers: list[Tensor] = []
+        self._count = 0
 
     @property
     def targets(self) -> Tensor:
@@ -153,8 +156,7 @@ class TargetRecorder:
         self.add(output)
 
     def _begin(self, lengths: Tensor | None) -> None:
-        self._lengths, self._total, self._count = lengths, None, 0
-        self._layers: list[Tensor] = []
+        self._lengths, self._total, self._layers, self._count = lengths, None, [], 0
 
     @torch.no_grad()
     def _finish(self) -> None:
