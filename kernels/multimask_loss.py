@@ -77,7 +77,8 @@ def distance(
             factor.
         dpred: [R, T, D] T, out, or None. dtarget: [B, T, D] float32, out, or None.
         moments: [groups, 4, D] float64, counts: [groups] int32, out, or None.
-        AHEAD: masks whose predictions are on their way at once. tiles: of a sample. last: of all samples. each: of a group.
+        tiles: of a sample. last: of all samples. each: of a group.
+        AHEAD: masks whose predictions are on their way at once.
 
     Grid: (groups * parts,), parts = ceil(D / BLOCK_C).
     """
