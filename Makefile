@@ -35,9 +35,11 @@ $(VENV)/.requirements: requirements/dev.txt
 	$(PIP) install --quiet -r requirements/dev.txt
 	@touch $@
 
-# Editable, with the development module. Only a change of the build or of the native sources comes here again.
+# Editable, with the development module. Only a change of the build or of the native sources comes here again. In CI the
+# CUDA sources are built for one architecture, another one in each turn, where their lock has the others.
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py scripts/build_backend.py $(NATIVE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" PYEFF_DEV=1 PYEFF_REQUIRE_EXTENSION=1 \
+	$${PYEFF_TURN:+env PYEFF_CUDA_ARCHS="$$(PYTHONPATH=. $(BIN)/python -m benchmarks.lock archs)"} \
+	    env PATH="$(CURDIR)/$(BIN):$$PATH" PYEFF_DEV=1 PYEFF_REQUIRE_EXTENSION=1 \
 	    $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -50,13 +52,20 @@ bench: install
 	$(BIN)/pyeff bench $(ARGS)
 
 # The native tests first: what they find is the cause of what pytest would find. The GPU kernels' resources are printed
-# and kept in build/resources. pytest's summary is the last line.
-test: sanitize cross resources
-	$(MAKE) --no-print-directory emulate
-	$(MAKE) --no-print-directory pytest
+# and kept in build/resources. How long each took is printed before pytest, whose summary, with its own time, is the last
+# line. PYEFF_TURN=<number> divides the slowest of them among the turns, as CI does; without it everything is done.
+TIERS := install sanitize cross resources emulate
+test:
+	@rm -f build/tiers; mkdir -p build
+	@for tier in $(TIERS); do begin=$$(date +%s); \
+	    $(MAKE) --no-print-directory $$tier || { echo "make $$tier failed"; exit 1; }; \
+	    echo "$$tier $$(($$(date +%s) - begin))s" >>build/tiers; done
+	@echo "time:" $$(paste -s -d, build/tiers)
+	@$(MAKE) --no-print-directory pytest
 
-# Every GPU kernel compiled for every architecture, what it takes, and the gates; needs no GPU. ARGS=--write lists anew
-# what is excluded.
+# What every GPU kernel takes of every architecture, and the gates; needs no GPU. Compiled is what is not locked in
+# benchmarks/locks, and one in eight of the rest in turn; ARGS=--all compiles all. After a change of a GPU kernel:
+# ARGS=--write, which also lists anew what is excluded.
 resources: install
 	$(BIN)/python scripts/gpu_resources.py $(ARGS)
 
@@ -72,11 +81,14 @@ emulate: install
 gpu:
 	PYTHON=$(PYTHON) scripts/gpu_check.sh $(ARGS)
 
+# With PYEFF_TURN each sanitizer has one instruction set, and the long grids of the emulated kernels run in shares, but
+# every kernel at least once (tests/native/main.cpp); without it all sets and all cases.
 sanitize: $(VENV)/.requirements
 	$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	    -DPYEFF_SANITIZE=address,undefined >/dev/null
+	    -DPYEFF_SANITIZE=address,undefined -DPYEFF_ONLY_ISAS=$$($(PYTHON) scripts/turn.py isa 0) >/dev/null
 	$(CMAKE) --build build/asan --target pyeff_native
-	$(CMAKE) -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYEFF_SANITIZE=thread >/dev/null
+	$(CMAKE) -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DPYEFF_SANITIZE=thread -DPYEFF_ONLY_ISAS=$$($(PYTHON) scripts/turn.py isa 1) >/dev/null
 	$(CMAKE) --build build/tsan --target pyeff_native
 	build/asan/pyeff_native >build/asan/run.log 2>&1 & asan=$$!; \
 	$(FIXED) build/tsan/pyeff_native; tsan=$$?; \
