@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import pyeff
 from tests.multimask_models import assert_same, bert, everything, images, multimask, texts, trainer, vit
 
 CASES = {
@@ -56,7 +57,7 @@ def test_resumed_in_another_process(tmp_path):
     code = (
         "import sys, torch; torch.set_num_threads(1); torch.use_deterministic_algorithms(True)\n"
         "from tests.multimask_models import bert, multimask, texts\n"
-        "t = multimask.Pretrainer.load(sys.argv[1], bert(seed=5))\n"
+        "t = multimask.Pretrainer.load(sys.argv[1], bert(seed=5, dropout=0.1))\n"
         "t.fit(texts(), 2, progress=False, path=sys.argv[2])\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -92,13 +93,19 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def wide_decoder():
+    return pyeff.nn.ConvDecoder1d(32, hidden=48, kernel=3, groups=1, layers=2)
+
+
 @pytest.mark.parametrize(
     ("other", "match"),
     [
         (lambda: trainer(vit()), "model is 'BertModel', expected 'ViTModel'"),
         (lambda: trainer(bert(num_hidden_layers=2)), r"top_k_layers is 3 in the file, expected 2"),
-        (lambda: trainer(bert(num_hidden_layers=4), top_k_layers=3), r"encoder\..* is missing"),
-        (lambda: trainer(bert(intermediate_size=64)), r"encoder\..*48.* in the file, expected .*64"),
+        (lambda: trainer(bert(num_hidden_layers=4), top_k_layers=3), "num_hidden_layers is 3 in the file, expected 4"),
+        (lambda: trainer(bert(dropout=0.1)), "hidden_dropout_prob is 0.0 in the file, expected 0.1"),
+        (lambda: trainer(bert(), decoder=torch.nn.Linear(32, 32)), r"decoder\..* is missing"),
+        (lambda: trainer(bert(), decoder=wide_decoder()), r"decoder\..* in the file, expected .*\[48"),
         (lambda: trainer(bert(), masks=4), "masks is 3 in the file, expected 4"),
         (lambda: trainer(bert(), seed=1), "seed is 0 in the file, expected 1"),
         (

@@ -1,7 +1,7 @@
 """The workflows: an operation put to work on a real model.
 
-``from pyeff.recipes import multimask, read, ticket``. Each recipe loads on first use, and imports transformers and safetensors
-only where it needs them.
+``from pyeff.recipes import multimask, read, ticket``. Each recipe loads on first use, and imports transformers and
+safetensors only where it needs them.
 """
 
 from __future__ import annotations

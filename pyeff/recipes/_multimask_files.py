@@ -24,7 +24,7 @@ def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+    optimizer: torch.optim.Optimizer, names: Mapping[Any, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, numbers) of an optimizer's state, by the names of its parameters.
 
@@ -102,8 +102,8 @@ def check(
         raise ValueError(f"{os.fspath(path)} does not fit the model: {'; '.join(wrong[:5])}{more}")
 
 
-def check_settings(path: str | os.PathLike, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the settings are the same."""
+def check_same(path: str | os.PathLike, what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the file's settings, or what else is named alike, are the trainer's."""
     mine = json.loads(json.dumps(mine))
     wrong = [
         f"{name} is {theirs.get(name)!r} in the file, expected {mine.get(name)!r}"
@@ -111,7 +111,7 @@ def check_settings(path: str | os.PathLike, theirs: Mapping[str, Any], mine: Map
         if theirs.get(name) != mine.get(name)
     ]
     if wrong:
-        raise ValueError(f"{os.fspath(path)} has other settings: {'; '.join(wrong)}")
+        raise ValueError(f"{os.fspath(path)} has another {what}: {'; '.join(wrong)}")
 
 
 def optimizer_state(

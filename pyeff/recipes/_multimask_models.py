@@ -1,4 +1,4 @@
-"""The parts of an encoder that a pre-training needs: embeddings, layers, final norm, and where the targets come from."""
+"""The parts of an encoder that a pre-training needs: embeddings, layers, final norm, where the targets come from."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ class Students(nn.Module):
         """Predictions [B*M, T, D] and the encoded prefix [B*M, prefix, D]."""
         x = embed(self.embeddings, inputs)
         fill = self._positions[0].positions()[: plan.tokens] if self._positions else None  # type: ignore[index]
-        return self.student(
-            x, plan, seed=seed, sample_ids=sample_ids, positions=fill, ragged=ragged, with_prefix=True
-        )
+        return self.student(x, plan, seed=seed, sample_ids=sample_ids, positions=fill, ragged=ragged, with_prefix=True)
 
 
 def _feed_forward(layer: nn.Module, width: int) -> nn.Module | None:
@@ -140,6 +138,11 @@ def find_parts(model: nn.Module, modality: str = "auto") -> Parts:
     width = getattr(config, "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(f"model: the configuration of {name} has hidden_size {width!r}, expected an integer")
+    if getattr(config, "embedding_size", width) != width:
+        raise ValueError(
+            f"model: the embeddings of {name} are {config.embedding_size} wide and projected to {width}, expected "
+            "embeddings of the layers' width"
+        )
     layers = find_stacks(base)["adapter"].layers
     norm = getattr(base, "layernorm", None) if found == "image" else None
     prefix, patch = 0, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from pyeff.recipes._multimask_settings import Settings
 def adamw(named: Sequence[tuple[str, nn.Parameter]], settings: Settings) -> torch.optim.Optimizer:
     """AdamW, with weight decay for matrices only."""
     device = named[0][1].device
-    rest = {
+    rest: dict[str, Any] = {
         "lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": device.type == "cuda",
     }  # fmt: skip
     if device.type == "cuda":

@@ -117,12 +117,12 @@ class Bar(Silent):
     """A bar, with the last record behind it."""
 
     def __init__(self, total: int, done: int) -> None:
-        from rich import progress
+        from rich import console, progress
 
         super().__init__(total, done)
         self._bar = progress.Progress(
-            progress.TextColumn("pre-training"), progress.BarColumn(), progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[record]}"),
+            progress.BarColumn(20), progress.MofNCompleteColumn(), progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[record]}"), console=console.Console(stderr=True),
         )  # fmt: skip
         self._task = self._bar.add_task("", total=total, completed=done, record="")
         self._bar.start()
@@ -132,7 +132,8 @@ class Bar(Silent):
         self._bar.advance(self._task)
 
     def record(self, record: Mapping[str, float]) -> None:
-        self._bar.update(self._task, record=line(record))
+        spreads = "/".join(f"{record[f'{what}_spread']:.2f}" for what in ("target", "prediction"))
+        self._bar.update(self._task, record=f"loss {record['loss']:.4f} spread {spreads}")
 
     def close(self) -> None:
         self._bar.stop()

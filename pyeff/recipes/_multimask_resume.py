@@ -15,6 +15,8 @@ from pyeff.recipes._multimask_settings import LAYOUT, Settings
 if TYPE_CHECKING:
     from pyeff.recipes.multimask import Pretrainer
 
+# What a configuration says of where a model is from, not of what it computes.
+_ORIGIN = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id")
 _KINDS = ("encoder", "decoder", "teacher", "teacher_updates")
 
 
@@ -31,6 +33,14 @@ def _names(trainer: Pretrainer) -> dict[nn.Parameter, str]:
     return {p: name for name, p in trainer._engine.students.named_parameters()}
 
 
+def _model_config(trainer: Pretrainer) -> dict[str, Any]:
+    """The encoder's configuration: dropout leaves no trace in shapes, and yet the numbers depend on it."""
+    config: Any = trainer.encoder.config
+    given = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    kinds = (str, int, float, bool, list, type(None))
+    return {k: v for k, v in given.items() if k not in _ORIGIN and isinstance(v, kinds)}
+
+
 def save(trainer: Pretrainer, path: str | os.PathLike) -> None:
     """:meth:`pyeff.recipes.multimask.Pretrainer.save`."""
     if trainer._engine.rank == 0:
@@ -39,6 +49,7 @@ def save(trainer: Pretrainer, path: str | os.PathLike) -> None:
         config = {
             "recipe": "multimask", "version": files.VERSION, "model": type(trainer.encoder).__name__,
             "optimizer": type(trainer.optimizer).__name__, "settings": trainer.settings.as_json(),
+            "config": _model_config(trainer),
             "steps_done": trainer.steps_done, "samples_done": trainer.samples_done, "numbers": numbers,
             "scaler": scaler,
         }  # fmt: skip
@@ -61,7 +72,8 @@ def resume(
     if compare:
         own = {name: value for name, value in trainer.settings.as_json().items() if name not in LAYOUT}
         theirs = {name: value for name, value in config["settings"].items() if name not in LAYOUT}
-        files.check_settings(path, theirs, own)
+        files.check_same(path, "settings", theirs, own)
+    files.check_same(path, "model configuration", config["config"], _model_config(trainer))
     into = _tensors(trainer)
     files.check(path, tensors, into, _KINDS)
     state = files.optimizer_state(path, tensors, config["numbers"], trainer.optimizer, _names(trainer))

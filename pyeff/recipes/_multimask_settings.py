@@ -153,6 +153,8 @@ def _check(s: Settings, layers: int) -> None:
         if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= operator.index(value) <= high:
             raise ValueError(f"{name} is {value!r}, expected an integer, {expected}")
     infinity = math.inf
+    low: float
+    high: float
     for name, low, high in (
         ("keep", 0, 1), ("adjust", -infinity, infinity), ("noise_std", 0, infinity), ("beta", 0, infinity),
         ("cls_loss", 0, infinity), ("ema_decay", 0, 1), ("ema_end", 0, 1), ("lr", 0, infinity), ("eps", 0, infinity),

@@ -73,8 +73,8 @@ class Pretrainer:
             dtype, written when the average is. Default: the average itself, under autocast if there is ``amp``.
         optimizer (callable, optional): parameters -> torch.optim.Optimizer. Default: AdamW, matrices decayed.
         lr (float), betas (pair of float), eps (float), weight_decay (float): of AdamW.
-        schedule (callable, optional): step, from 0 -> factor of the learning rates. Default: up in a line for ``warmup``
-            steps (default: a twentieth), then down to zero with a cosine at ``steps``.
+        schedule (callable, optional): step, from 0 -> factor of the learning rates. Default: up in a line for
+            ``warmup`` steps (a twentieth of all), then down to zero with a cosine at ``steps``.
         steps (int), warmup (int): of the schedule, and of :meth:`fit` where it is not told another number.
         clip (float): limit of the gradient's norm; 0 for none.
         batch_size (int): samples of a step in each process, where :meth:`fit` makes the batches.
