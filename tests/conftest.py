@@ -108,3 +108,14 @@ gpu_kernels = place_fixture([place for place in places.KERNELS if place.device =
 native = place_fixture([place for place in places.PLACES if not place.emulated])
 native_kernels = place_fixture([place for place in places.KERNELS if not place.emulated])
 native64 = place_fixture([place for place in places.PLACES if torch.float64 in place.dtypes and not place.emulated])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(request):
+    """No graph of another test: torch gives a function up that has been compiled too often, and tests share some."""
+    compiles = request.module.__name__.endswith(("_compile", "_transforms"))
+    if compiles:
+        torch._dynamo.reset()
+    yield
+    if compiles:
+        torch._dynamo.reset()

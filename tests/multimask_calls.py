@@ -156,7 +156,7 @@ def make_scatter(
 
 
 def make_targets(
-    batch: int = 3, tokens: int = 13, width: int = 9, layers: int = 3, *, lengths: Sequence[int] | None | str = "some",
+    batch: int = 3, tokens: int = 13, width: int = 9, layers: int = 3, *, lengths: Sequence[int] | str | None = "some",
     norm: str = "instance", post_norm: str = "none", mean: float = 0.25, deviation: float = 1.5, eps: float = 1e-5,
     dtype: torch.dtype | None = None, strides: str = "contiguous", seed: int = 0,
 ) -> Call:  # fmt: skip

@@ -45,10 +45,10 @@ struct BlockMasks {
   int32_t *ids_keep, *keep_len, *inverse;
 };
 
-// One parameter; all pointers are to `count` contiguous numbers.
+// One parameter; all pointers are to `count` contiguous numbers, and the parameters before it have `first`.
 struct EmaTensor {
   Number number, param_number, copy_number;
-  int64_t count;
+  int64_t count, first;
   void* ema;
   const void* param;
   void* copy;  // or null

@@ -40,7 +40,8 @@ class BlockMaskRow {
     __builtin_memset(kind_, 0, size_t(p_.tokens));
     const int64_t centres = int64_t(double(length) * masks_.share);
     draw_blocks({mask + kCentres, sample}, centres, length);
-    philox_words(philox_, {mask + kScores, sample}, p_.tokens, scores_);
+    for (int64_t at = 0; at < p_.tokens; at += kPhiloxStep)
+      philox_step(philox_, uint32_t(at / 4), {mask + kScores, sample}, scores_ + at);
     const int64_t kept = int64_t(double(length) * masks_.keep);
     take(at_most(length, at_least(0, masks_.of_kept ? kept : length - kept)), length);
     write(r, length);
@@ -55,12 +56,7 @@ class BlockMaskRow {
     for (int64_t from = 0; from < count; from += kCentresAtOnce) {
       const int64_t here = at_most(kCentresAtOnce, count - from);
       for (int64_t at = 0; at < here; at += kPhiloxStep) {
-        UInt32V words[4];
-        philox_.words(uint32_t((from + at) / 4), row, words);
-        FloatV moved[4];
-        for (int i = 0; i < 4; ++i) moved[i] = bit_cast<FloatV>(words[i]);
-        in_order(moved);
-        __builtin_memcpy(centres_ + at, moved, sizeof moved);
+        philox_step(philox_, uint32_t((from + at) / 4), row, centres_ + at);
       }
       for (int64_t i = 0; i < here; ++i) widen_block(int64_t((uint64_t(centres_[i]) * uint64_t(length)) >> 32));
     }

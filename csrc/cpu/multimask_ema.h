@@ -65,25 +65,22 @@ void ema_block(const EmaTensor& tensor, int64_t at, int64_t count, double decay,
   });
 }
 
-// Pieces of all the tensors behind each other: a thread's share does not depend on how they are cut.
+// Pieces of all the tensors behind each other. A block belongs to the piece in which it begins, so that where a tensor
+// is cut into blocks, and what is rounded how, does not depend on the pieces.
 inline void ema_update(const EmaTensor* tensors, int64_t count, double decay, int64_t streamed_from,
                        const Parallel& parallel) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += tensors[i].count;
+  const int64_t total = count ? tensors[count - 1].first + tensors[count - 1].count : 0;
   const bool streamed = total * 2 >= streamed_from;
   for_each_piece(parallel, total, 12, [&](int64_t begin, int64_t end) {
-    int64_t i = 0, first = 0;
-    while (i < count && first + tensors[i].count <= begin) first += tensors[i++].count;
-    for (int64_t at = begin; at < end; ++i) {
+    int64_t low = 0, high = count;  // the last tensor that begins where the piece does, or before
+    while (high - low > 1) (tensors[(low + high) / 2].first <= begin ? low : high) = (low + high) / 2;
+    for (int64_t i = low; i < count && tensors[i].first < end; ++i) {
       const EmaTensor& tensor = tensors[i];
-      const int64_t stop = at_most(end, first + tensor.count);
-      while (at < stop) {
-        const int64_t here = at_most(kEmaBlock, stop - at);
-        with_number(tensor.number,
-                    [&](auto type) { ema_block<decltype(type)>(tensor, at - first, here, decay, streamed); });
-        at += here;
-      }
-      first += tensor.count;
+      const int64_t blocks_before = (at_least(begin - tensor.first, 0) + kEmaBlock - 1) / kEmaBlock;
+      for (int64_t at = blocks_before * kEmaBlock; at < at_most(end - tensor.first, tensor.count); at += kEmaBlock)
+        with_number(tensor.number, [&](auto type) {
+          ema_block<decltype(type)>(tensor, at, at_most(kEmaBlock, tensor.count - at), decay, streamed);
+        });
     }
     if (streamed) end_of_stream();
   });

@@ -21,46 +21,88 @@ PYEFF_INLINE FloatV square_root(FloatV x) {
 #endif
 }
 
+// In what follows every step is taken for N vectors before the next: alone, each would wait for the one before.
+
 // -2 log(u) for 0 < u < 1. With u = 2^e (1 + f), f from sqrt(1/2) - 1 to sqrt(2) - 1:
 // log(1 + f) = f - f^2 / 2 + f^3 P(f), P the minimax polynomial; its error is a quarter of a unit in the last place.
-PYEFF_INLINE FloatV minus_two_log(FloatV u) {
-  constexpr float terms[] = {-0x1.5556d8p-1f, 0x1.000382p-1f, -0x1.98d7f2p-2f, 0x1.538248p-2f,
+template <int N>
+PYEFF_INLINE void minus_two_log(FloatV* u) {
+  constexpr float terms[] = {-0x1.5556d8p-1f, 0x1.000382p-1f,  -0x1.98d7f2p-2f, 0x1.538248p-2f,
                              -0x1.317458p-2f, 0x1.2432bep-2f, -0x1.645eb8p-3f};
-  const Int32V bits = bit_cast<Int32V>(u), exponent = (bits - 0x3f3504f3) >> 23;
-  const FloatV f = bit_cast<FloatV>(Int32V(bits - (exponent << 23))) - 1.0f, square = f * f;
-  FloatV p = splat<FloatV>(terms[6]);
+  FloatV f[N], exponent[N], p[N];
 #pragma GCC unroll 8
-  for (int k = 5; k >= 0; --k) p = p * f + terms[k];
-  return __builtin_convertvector(exponent, FloatV) * -0x1.62e430p+0f + ((square * f) * p + (square - (f + f)));
+  for (int n = 0; n < N; ++n) {
+    const Int32V bits = bit_cast<Int32V>(u[n]), e = (bits - 0x3f3504f3) >> 23;
+    exponent[n] = __builtin_convertvector(e, FloatV);
+    f[n] = bit_cast<FloatV>(Int32V(bits - (e << 23))) - 1.0f;
+    p[n] = f[n] * terms[6] + terms[5];
+  }
+#pragma GCC unroll 8
+  for (int k = 4; k >= 0; --k)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) p[n] = p[n] * f[n] + terms[k];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    const FloatV square = f[n] * f[n];
+    u[n] = exponent[n] * -0x1.62e430p+0f + ((square * f[n]) * p[n] + (square - (f[n] + f[n])));
+  }
 }
 
-// The radius and the angle come from one word each; the pair replaces them.
-PYEFF_INLINE void box_muller(UInt32V a, UInt32V b, FloatV* cosine, FloatV* sine) {
-  // 23 bits and a half of the last: never 0, never 1.
-  const FloatV u = __builtin_convertvector(bit_cast<Int32V>(a >> 9), FloatV) * 0x1p-23f + 0x1p-24f;
-  const FloatV radius = square_root(minus_two_log(u));
-  // The rounded angle is part of the definition. Less than a turn: the quarter of it that is taken away is exact.
-  const FloatV angle = __builtin_convertvector(bit_cast<Int32V>(b >> 8), FloatV) * 0x1.921fb6p-22f;
+// The sine and the cosine of an angle of 0 to less than a turn, which become those of what is left of it without
+// quarters. The first part of a quarter is short, so that what is taken away is exact.
+template <int N>
+PYEFF_INLINE void sine_cosine(const FloatV* angle, FloatV* sine, FloatV* cosine) {
   constexpr float round = 0x1.8p+23f;  // adding it leaves the nearest integer in the low bits
-  const FloatV shifted = angle * 0x1.45f306p-1f + round, n = shifted - round;
-  const FloatV r = (angle - n * 0x1.921cp+0f) - n * 0x1.daa222p-15f, s = r * r;
-  const Int32V quarter = bit_cast<Int32V>(shifted);
-  const FloatV sin_r = ((-0x1.994386p-13f * s + 0x1.11073ap-7f) * s - 0x1.555546p-3f) * (s * r) + r;
-  const FloatV cos_r = (((0x1.99eb4ap-16f * s - 0x1.6c0c32p-10f) * s + 0x1.55554ap-5f) * s - 0.5f) * s + 1.0f;
-  const Int32V swap = (quarter & 1) != 0, sign = splat<Int32V>(int32_t(0x80000000u));
-  const FloatV c = swap ? sin_r : cos_r, t = swap ? cos_r : sin_r;
-  *cosine = radius * bit_cast<FloatV>(Int32V(bit_cast<Int32V>(c) ^ (((quarter + 1) << 30) & sign)));
-  *sine = radius * bit_cast<FloatV>(Int32V(bit_cast<Int32V>(t) ^ ((quarter << 30) & sign)));
+  FloatV r[N], s[N];
+  Int32V quarter[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    const FloatV shifted = angle[n] * 0x1.45f306p-1f + round, quarters = shifted - round;
+    quarter[n] = bit_cast<Int32V>(shifted);
+    r[n] = (angle[n] - quarters * 0x1.921cp+0f) - quarters * 0x1.daa222p-15f;
+    s[n] = r[n] * r[n];
+  }
+  FloatV p[N], q[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n)
+    p[n] = s[n] * -0x1.994386p-13f + 0x1.11073ap-7f, q[n] = s[n] * 0x1.99eb4ap-16f - 0x1.6c0c32p-10f;
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) p[n] = p[n] * s[n] - 0x1.555546p-3f, q[n] = q[n] * s[n] + 0x1.55554ap-5f;
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) p[n] = p[n] * (s[n] * r[n]) + r[n], q[n] = q[n] * s[n] - 0.5f;
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) q[n] = q[n] * s[n] + 1.0f;
+  const Int32V sign = splat<Int32V>(int32_t(0x80000000u));
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    const Int32V swap = (quarter[n] & 1) != 0;
+    const FloatV c = swap ? p[n] : q[n], t = swap ? q[n] : p[n];
+    cosine[n] = bit_cast<FloatV>(Int32V(bit_cast<Int32V>(c) ^ (((quarter[n] + 1) << 30) & sign)));
+    sine[n] = bit_cast<FloatV>(Int32V(bit_cast<Int32V>(t) ^ ((quarter[n] << 30) & sign)));
+  }
 }
 
-// The numbers of the counters from `first` on, as many as four vectors hold, in order.
-template <int kRounds>
+// The numbers of the counters from `first` on, as many as 4 N vectors hold, in order.
+template <int N, int kRounds>
 PYEFF_INLINE void normals(const Philox<kRounds>& philox, uint32_t first, const PhiloxRow& row, FloatV* out) {
-  UInt32V words[4];
-  philox.words(first, row, words);
-  box_muller(words[0], words[1], &out[0], &out[1]);
-  box_muller(words[2], words[3], &out[2], &out[3]);
-  in_order(out);
+  UInt32V words[4 * N];
+  philox.template words<N>(first, row, words);
+  // A radius and an angle out of each pair of words. The angle is part of the definition as it is rounded here.
+  FloatV radius[2 * N], angle[2 * N], sine[2 * N], cosine[2 * N];
+#pragma GCC unroll 8
+  for (int n = 0; n < 2 * N; ++n) {
+    // 23 bits and a half of the last: never 0, never 1.
+    radius[n] = __builtin_convertvector(bit_cast<Int32V>(words[2 * n] >> 9), FloatV) * 0x1p-23f + 0x1p-24f;
+    angle[n] = __builtin_convertvector(bit_cast<Int32V>(words[2 * n + 1] >> 8), FloatV) * 0x1.921fb6p-22f;
+  }
+  minus_two_log<2 * N>(radius);
+#pragma GCC unroll 8
+  for (int n = 0; n < 2 * N; ++n) radius[n] = square_root(radius[n]);
+  sine_cosine<2 * N>(angle, sine, cosine);
+#pragma GCC unroll 8
+  for (int n = 0; n < 2 * N; ++n) out[2 * n] = radius[n] * cosine[n], out[2 * n + 1] = radius[n] * sine[n];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) in_order(out + 4 * n);
 }
 
 }  // namespace PYEFF_ISA

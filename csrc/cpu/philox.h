@@ -38,36 +38,46 @@ class Philox {
     for (int i = 0; i < kRounds; ++i, k0 += 0x9e3779b9u, k1 += 0xbb67ae85u) k0_[i] = k0, k1_[i] = k1;
   }
 
-  PYEFF_INLINE void words(UInt64V first, const PhiloxRow& row, UInt64V* out) const {
-    const UInt64V factor0 = splat<UInt64V>(uint64_t(0xd2511f53)), factor1 = splat<UInt64V>(uint64_t(0xcd9e8d57));
-    UInt64V c0 = first, c1 = splat<UInt64V>(uint64_t(row.purpose)), c2 = splat<UInt64V>(row.sample & 0xffffffff),
-            c3 = splat<UInt64V>(row.sample >> 32);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRounds; ++i) {
-      const UInt64V p0 = product_of_words(c0, factor0), p1 = product_of_words(c2, factor1);
-      c0 = (p1 >> 32) ^ c1 ^ k0_[i];
-      c1 = p1;
-      c2 = (p0 >> 32) ^ c3 ^ k1_[i];
-      c3 = p0;
-    }
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
-  }
-
-  // Words of the counters from `first` on, as many as a vector has 32-bit lanes; vector i holds word i of each, and
-  // lane l that of the counter first + group(l).
+  // Four words of each of the counters from `first` on, as many as N vectors have 32-bit lanes: out[4 n + i] holds word
+  // i, and lane l that of the counter first + n lanes + group(l). N are interleaved, since one round waits for the other.
+  template <int N>
   PYEFF_INLINE void words(uint32_t first, const PhiloxRow& row, UInt32V* out) const {
+    const UInt64V factor0 = splat<UInt64V>(uint64_t(0xd2511f53)), factor1 = splat<UInt64V>(uint64_t(0xcd9e8d57));
     UInt64V even{}, odd{};
     for (int l = 0; l < kLanes<double>; ++l) even[l] = group(2 * l), odd[l] = group(2 * l + 1);
-    UInt64V e[4], o[4];
-    words(even + first, row, e);
-    words(odd + first, row, o);
-    for (int i = 0; i < 4; ++i) out[i] = bit_cast<UInt32V>((e[i] & 0xffffffff) | (o[i] << 32));
+    UInt64V c0[2 * N], c1[2 * N], c2[2 * N], c3[2 * N];
+#pragma GCC unroll 8
+    for (int n = 0; n < 2 * N; ++n) {
+      c0[n] = (n % 2 ? odd : even) + uint64_t(first + uint32_t(n / 2 * kLanes<float>));
+      c1[n] = splat<UInt64V>(uint64_t(row.purpose));
+      c2[n] = splat<UInt64V>(row.sample & 0xffffffff), c3[n] = splat<UInt64V>(row.sample >> 32);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRounds; ++i) {
+#pragma GCC unroll 8
+      for (int n = 0; n < 2 * N; ++n) {
+        const UInt64V p0 = product_of_words(c0[n], factor0), p1 = product_of_words(c2[n], factor1);
+        c0[n] = (p1 >> 32) ^ c1[n] ^ k0_[i];
+        c1[n] = p1;
+        c2[n] = (p0 >> 32) ^ c3[n] ^ k1_[i];
+        c3[n] = p0;
+      }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      out[4 * n + 0] = joined(c0[2 * n], c0[2 * n + 1]), out[4 * n + 1] = joined(c1[2 * n], c1[2 * n + 1]);
+      out[4 * n + 2] = joined(c2[2 * n], c2[2 * n + 1]), out[4 * n + 3] = joined(c3[2 * n], c3[2 * n + 1]);
+    }
   }
 
   // Such that a transposition of squares of four lanes puts the counters in order: see in_order.
   static constexpr int group(int lane) { return lane / 4 + lane % 4 * (kLanes<float> / 4); }
 
  private:
+  static PYEFF_INLINE UInt32V joined(UInt64V even, UInt64V odd) {
+    return bit_cast<UInt32V>((even & 0xffffffff) | (odd << 32));
+  }
+
   uint64_t k0_[kRounds], k1_[kRounds];
 };
 
@@ -90,20 +100,18 @@ PYEFF_INLINE void in_order(FloatV* of_words) {
   of_words[3] = shuffle<float>(b, d, pairs_high);
 }
 
-// The counters of how many words one step makes.
+// How many words one step makes.
 constexpr int64_t kPhiloxStep = 4 * kLanes<float>;
 
-// `count` words in the order of the counters from 0 on; a whole number of steps is written.
+// One step from the counter `first` on, in order.
 template <int kRounds>
-void philox_words(const Philox<kRounds>& philox, const PhiloxRow& row, int64_t count, uint32_t* out) {
-  for (int64_t at = 0; at < count; at += kPhiloxStep) {
-    UInt32V words[4];
-    philox.words(uint32_t(at / 4), row, words);
-    FloatV moved[4];
-    for (int i = 0; i < 4; ++i) moved[i] = bit_cast<FloatV>(words[i]);
-    in_order(moved);
-    __builtin_memcpy(out + at, moved, sizeof moved);
-  }
+PYEFF_INLINE void philox_step(const Philox<kRounds>& philox, uint32_t first, const PhiloxRow& row, uint32_t* out) {
+  UInt32V words[4];
+  philox.template words<1>(first, row, words);
+  FloatV moved[4];
+  for (int i = 0; i < 4; ++i) moved[i] = bit_cast<FloatV>(words[i]);
+  in_order(moved);
+  __builtin_memcpy(out, moved, sizeof moved);
 }
 
 }  // namespace PYEFF_ISA

@@ -12,32 +12,40 @@ namespace pyeff::gpu {
 template <class T, bool Vector>
 constexpr int kMaskChunk = Vector ? kChunk<T> : 4;
 
-// Up to N numbers as they are in memory: what is only moved keeps its bits.
-template <class T, bool Vector>
+// Up to N numbers as they are in memory: what is only moved keeps its bits. Vectors may be of 8 bytes, too.
+template <class T, bool Vector, int N = kMaskChunk<T, Vector>>
 struct Piece {
-  static constexpr int kNumbers = kMaskChunk<T, Vector>;
+  static constexpr int kNumbers = N, kWords = N * static_cast<int>(sizeof(T)) / 4;
   struct Single {
-    T x[kNumbers];
+    T x[N];
   };
-  std::conditional_t<Vector, Vec16, Single> bits = {};
+  struct Pair {
+    uint32_t x[2];
+  };
+  std::conditional_t<!Vector, Single, std::conditional_t<kWords == 2, Pair, Vec16>> bits = {};
 
   // The first `count` of a row's chunk.
   PYEFF_DEVICE void read(const T* from, int count) {
-    if constexpr (Vector) {
-      bits = load16(from);
-    } else {
+    if constexpr (!Vector) {
       PYEFF_UNROLL
-      for (int i = 0; i < kNumbers; ++i)
+      for (int i = 0; i < N; ++i)
         if (i < count) bits.x[i] = load(from + i);
+    } else if constexpr (kWords == 2) {
+      const uint64_t both = load(reinterpret_cast<const uint64_t*>(from));
+      bits = {{static_cast<uint32_t>(both), static_cast<uint32_t>(both >> 32)}};
+    } else {
+      bits = load16(from);
     }
   }
   PYEFF_DEVICE void write(T* to, int count) const {
-    if constexpr (Vector) {
-      store16(to, bits);
-    } else {
+    if constexpr (!Vector) {
       PYEFF_UNROLL
-      for (int i = 0; i < kNumbers; ++i)
+      for (int i = 0; i < N; ++i)
         if (i < count) store(to + i, bits.x[i]);
+    } else if constexpr (kWords == 2) {
+      store(reinterpret_cast<uint64_t*>(to), bits.x[0] | uint64_t{bits.x[1]} << 32);
+    } else {
+      store16(to, bits);
     }
   }
   PYEFF_DEVICE void numbers(float (&x)[kNumbers]) const {

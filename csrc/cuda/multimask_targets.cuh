@@ -125,10 +125,10 @@ struct TargetsPlace {
   }
 };
 
-// Keeps the compiler from keeping what it unpacks from one use to the next: there are no registers for it.
-PYEFF_DEVICE void keep_packed([[maybe_unused]] Vec16& v) {
+// No load moves over this place: the compiler would begin with all of them, and has no registers for it.
+PYEFF_DEVICE void keep_order() {
 #ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(v.x[0]), "+r"(v.x[1]), "+r"(v.x[2]), "+r"(v.x[3]));
+  asm volatile("" ::: "memory");
 #endif
 }
 
@@ -139,7 +139,6 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
     multimask_targets_slice(const PYEFF_GRID_CONSTANT MultimaskTargetsParams p) {
   using Tile = TargetsTile<T, Vector, Columns>;
   constexpr int N = Tile::kNumbers, R = Tile::kRows;
-  constexpr int kHeld = N == 8 ? R / 2 : R;  // that fit into registers beside the sums; the others are read again
   const TargetsPlace<T, Vector, Columns> at(p.units, p.width);
   const int length = clamped_length(p.lengths, at.outer, p.tokens), left = at.left;
   float* sums = reinterpret_cast<float*>(shared_memory());
@@ -148,19 +147,20 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
   const auto token = [&](int i) { return i * Tile::kLanes + at.row; };
   const auto here = [&](int i) { return token(i) < length && left > 0; };
   const auto copy = [&](int k) {
-    const T* from = static_cast<const T*>(p.layers[k].data) + at.outer * p.layers[k].outer + at.column;
-    char* stage = stages + k % 2 * stage_bytes;
-    PYEFF_UNROLL
-    for (int i = 0; i < R; ++i) {
-      if (!here(i)) continue;
+    const MultimaskRows& layer = p.layers[k];
+    const T* from = static_cast<const T*>(layer.data) + at.outer * layer.outer + at.row * layer.inner + at.column;
+    char* to = stages + k % 2 * stage_bytes;
+    PYEFF_NO_UNROLL
+    for (int i = 0; i < R; ++i, from += Tile::kLanes * layer.inner, to += Tile::kSlots) {
+      if (!here(i)) break;
       if constexpr (Vector) {
-        copy_async16(stage + i * Tile::kSlots, from + token(i) * p.layers[k].inner, true);
+        copy_async16(to, from, true);
       } else {
         Piece<T, false> piece;
         float x[4];
-        piece.read(from + token(i) * p.layers[k].inner, left);
+        piece.read(from, left);
         piece.numbers(x);
-        store_shared16(stage + i * Tile::kSlots, {{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}});
+        store_shared16(to, {{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}});
       }
     }
     copy_async_commit();
@@ -176,21 +176,11 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
       copy_async_wait<0>();
     }
     const char* stage = stages + k % 2 * stage_bytes;
-    Vec16 held[kHeld];
-    PYEFF_UNROLL
-    for (int i = 0; i < kHeld; ++i) {
-      held[i] = {};
-      if (here(i)) held[i] = load_shared16(stage + i * Tile::kSlots);
-    }
     const auto of = [&](int i, float (&x)[N]) {
+      if (i % 2 == 0) keep_order();
       if (!here(i)) return false;
       Piece<std::conditional_t<Vector, T, float>, true> piece;
-      if (i < kHeld) {
-        keep_packed(held[i]);
-        piece.bits = held[i];
-      } else {
-        piece.bits = load_shared16(stage + i * Tile::kSlots);
-      }
+      piece.bits = load_shared16(stage + i * Tile::kSlots);
       piece.numbers(x);
       return true;
     };

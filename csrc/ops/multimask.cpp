@@ -233,6 +233,7 @@ void ema_update(std::vector<Tensor> ema, std::vector<Tensor> params, Tensor deca
   for (size_t i = 0; i < ema.size(); ++i) {
     EmaTensor& one = all[i];
     one.count = ema[i].numel();
+    one.first = i ? all[i - 1].first + all[i - 1].count : 0;
     one.number = number_of(ema[i], "ema"), one.param_number = number_of(params[i], "params");
     one.ema = checked.write(ema[i], one.count, ema[i].scalar_type(), "ema");
     one.param = checked.read(params[i], one.count, params[i].scalar_type(), "params");

@@ -63,16 +63,20 @@ def ema_update_(
     if not ema:
         return
     if isinstance(decay, Tensor):
-        if decay.dtype != torch.float64 or decay.numel() != 1 or decay.device != ema[0].device:
-            raise ValueError(
-                f"{op}: decay is {decay.dtype} {list(decay.shape)} on {decay.device}, expected a number, or one "
-                f"float64 on {ema[0].device}"
-            )
+        _check_decay(op, decay, ema[0].device)
     elif isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
         raise ValueError(f"{op}: decay is {decay!r}, expected a number from 0 to 1")
     else:
         decay = torch.full((), float(decay), dtype=torch.float64, device=ema[0].device)
     torch.ops.pyeff.ema_update_(ema, params, decay, copies or [], backend=backends.current())
+
+
+def _check_decay(op: str, decay: Tensor, device: torch.device) -> None:
+    if decay.dtype != torch.float64 or decay.numel() != 1 or decay.device != device:
+        raise ValueError(
+            f"{op}: decay is {decay.dtype} {list(decay.shape)} on {decay.device}, expected a number, or one float64 on "
+            f"{device}"
+        )
 
 
 def _check(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> None:
@@ -118,6 +122,7 @@ def _ema(ema, params, decay, copies, *, backend=""):
     if not ema:
         return
     _check(op, ema, params, copies)
+    _check_decay(op, decay, ema[0].device)
     with torch.no_grad():
         ema, params, copies = ([t.detach() for t in given] for given in (ema, params, copies))
         # The kernels know what they know of each; one tensor of another dtype is for the reference.
