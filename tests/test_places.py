@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def collected(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    clean = {n: v for n, v in os.environ.items() if n not in ("PYEFF_TEST_REQUIRE", "PYEFF_EMULATE", "PYEFF_BACKEND")}
+    ours = ("PYEFF_TEST_REQUIRE", "PYEFF_EMULATE", "PYEFF_BACKEND", "PYEFF_TURN")
+    clean = {n: v for n, v in os.environ.items() if n not in ours}
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=300)
 
@@ -52,6 +53,20 @@ def test_what_is_demanded_and_missing_ends_the_run(name):
     done = collected("tests/test_read_emulated.py", PYEFF_TEST_REQUIRE=name)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert f"PYEFF_TEST_REQUIRE is not met:\n{name}: " in done.stderr
+
+
+def test_a_turn_collects_some_cases_of_every_test_of_an_operation_and_all_of_the_others():
+    found = [
+        re.findall(r"(\S+::\w+)(.*)", collected("tests/test_ticket.py", "tests/test_docs.py", **turn).stdout)
+        for turn in ({}, {"PYEFF_TURN": "0"}, {"PYEFF_TURN": "1"})
+    ]
+    every, *turns = map(set, found)
+    assert turns[0] != turns[1]
+    assert turns[0] | turns[1] == every
+    for some in turns:
+        assert len(some) < len(every)
+        assert {name for name, _ in some} == {name for name, _ in every}
+        assert {case for case in some if "test_docs" in case[0]} == {case for case in every if "test_docs" in case[0]}
 
 
 def test_emulation_collects_the_backends_of_the_gpu_alone():
