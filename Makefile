@@ -37,10 +37,11 @@ $(VENV)/.requirements: requirements/dev.txt
 	@touch $@
 
 # Editable, with the development module. Only a change of the build or of the native sources comes here again. In CI the
-# CUDA sources are built for one architecture, another one in each turn, where their lock has the others.
+# CUDA sources are built for one architecture, another one in each turn, where their lock has the others. The
+# architectures are always named, since cmake would keep those of the last time.
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py scripts/build_backend.py $(NATIVE)
-	$${PYEFF_TURN:+env PYEFF_CUDA_ARCHS="$$(PYTHONPATH=. $(BIN)/python -m benchmarks.lock archs)"} \
-	    env PATH="$(CURDIR)/$(BIN):$$PATH" PYEFF_DEV=1 PYEFF_REQUIRE_EXTENSION=1 \
+	PYEFF_CUDA_ARCHS="$${PYEFF_CUDA_ARCHS:-$$(PYTHONPATH=. $(BIN)/python -m benchmarks.lock archs)}" \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" PYEFF_DEV=1 PYEFF_REQUIRE_EXTENSION=1 \
 	    $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
