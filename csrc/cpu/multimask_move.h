@@ -168,23 +168,31 @@ class Noise {
   Noise(uint64_t seed, double std) : philox_(seed), std_(C(std)) {}
 
   void row(int64_t token, const PhiloxRow& of, const T* fill, int64_t width, T* out, bool streamed) const {
+    fill ? row_of_steps<true>(token, of, fill, width, out, streamed)
+         : row_of_steps<false>(token, of, fill, width, out, streamed);
+  }
+
+ private:
+  template <bool kFilled>
+  void row_of_steps(int64_t token, const PhiloxRow& of, const T* fill, int64_t width, T* out, bool streamed) const {
     const uint32_t first = uint32_t(token * ((width + 3) / 4));
     // As many at once as there are registers for.
     constexpr int kAtOnce = kVectorRegisters >= 32 ? 2 : 1;
     int64_t d = 0;
     for (; d + kAtOnce * kPhiloxStep <= width; d += kAtOnce * kPhiloxStep)
-      steps<kAtOnce>(first + uint32_t(d / 4), of, fill ? fill + d : nullptr, out + d, streamed);
+      steps<kAtOnce, kFilled>(first + uint32_t(d / 4), of, fill + (kFilled ? d : 0), out + d, streamed);
     for (; d + kPhiloxStep <= width; d += kPhiloxStep)
-      steps<1>(first + uint32_t(d / 4), of, fill ? fill + d : nullptr, out + d, streamed);
+      steps<1, kFilled>(first + uint32_t(d / 4), of, fill + (kFilled ? d : 0), out + d, streamed);
     if (d == width) return;
     T padded[kPhiloxStep], result[kPhiloxStep];
-    for (int64_t i = 0; i < kPhiloxStep; ++i) padded[i] = fill && d + i < width ? fill[d + i] : T{};
-    steps<1>(first + uint32_t(d / 4), of, padded, result, false);
+    for (int64_t i = 0; i < kPhiloxStep; ++i) padded[i] = kFilled && d + i < width ? fill[d + i] : T{};
+    steps<1, kFilled>(first + uint32_t(d / 4), of, padded, result, false);
     __builtin_memcpy(out + d, result, size_t(width - d) * sizeof(T));
   }
 
- private:
-  template <int N>
+  // Whether there is a fill is known when this is compiled: a product and a sum are one operation or two, and that must
+  // not hang on what else is asked for.
+  template <int N, bool kFilled>
   PYEFF_INLINE void steps(uint32_t first, const PhiloxRow& of, const T* fill, T* out, bool streamed) const {
     constexpr int64_t lanes = kLanes<C>, count = N * kPhiloxStep;
     FloatV z[4 * N];
@@ -200,7 +208,7 @@ class Noise {
 #pragma GCC unroll 8
     for (int64_t i = 0; i < count; i += 2 * lanes) {
       Vec<C> a = load(wide + i) * std_, b = load(wide + i + lanes) * std_;
-      if (fill) a += load(fill + i), b += load(fill + i + lanes);
+      if constexpr (kFilled) a += load(fill + i), b += load(fill + i + lanes);
       put_two(out + i, a, b, streamed);
     }
   }
