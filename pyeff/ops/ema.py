@@ -125,10 +125,9 @@ def _ema(ema, params, decay, copies, *, backend=""):
     _check_decay(op, decay, ema[0].device)
     with torch.no_grad():
         ema, params, copies = ([t.detach() for t in given] for given in (ema, params, copies))
-        # The kernels know what they know of each; one tensor of another dtype is for the reference.
-        unusual = (t for t in (*ema, *params, *copies) if t.dtype in (torch.float16, torch.float64))
-        like = next(unusual, ema[0])
-        chosen = kernels.choose(op, like, 0, backend, "")
+        # One tensor of a dtype that the kernels do not know, and all are for the reference.
+        likes = {t.dtype: t for t in (*ema, *params, *copies)}.values()
+        chosen = min((kernels.choose(op, t, 0, backend, "") for t in likes), key=lambda name: name != "reference")
         if chosen == "reference":
             reference.ema_update_(ema, params, decay, copies=copies or None)
         else:
@@ -137,6 +136,8 @@ def _ema(ema, params, decay, copies, *, backend=""):
 
 def _kernels(ema, params, decay, copies, backend):
     kernels.call(backend, "ema_update", ema, [t.contiguous() for t in params], decay, copies)
+    # Autograd is to notice the change; torch does this for its own ops alone.
+    torch.autograd.graph.increment_version((*ema, *copies))
 
 
 _register.composite(_lib, "ema_update_", _ema)

@@ -4,6 +4,8 @@
     trainer.fit(texts)
     trainer.save("pretrained.safetensors")
 
+Beside it, the helpers and losses of I-JEPA, V-JEPA, MAE and iBOT on the same ops.
+
 Source: Baevski, Babu, Hsu, Auli, "Efficient Self-supervised Learning with Contextualized Target Representations for
 Vision, Speech and Language", 2022, arXiv 2212.07525.
 """
