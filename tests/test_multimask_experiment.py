@@ -61,7 +61,7 @@ def test_the_eager_path_computes_what_the_operations_do():
         f(pred, target, plan, scale=0.5, statistics=True) for f in (eager.loss, ops.multimask_loss)
     )  # fmt: skip
     same(found[0], expected[0], pred)
-    torch.testing.assert_close(found[1], expected[1])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-3)
     averages = [[torch.ones(3), torch.zeros(2, 2)] for _ in range(2)]
     for each, update in zip(averages, (eager.ema_update_, ops.ema_update_), strict=True):
         update(each, [torch.full((3,), 2.0), torch.ones(2, 2)], torch.tensor(0.75, dtype=torch.float64))
@@ -75,6 +75,8 @@ def test_eager_masks_keep_as_many_tokens(shape, length, inverse):
     assert plan.keep_len.tolist() == [8] * 12
     assert plan.width == 8
     assert len({tuple(row) for row in plan.ids_keep.tolist()}) > 1
+    again = pyeff.MaskPlan.from_mask(plan.hidden())
+    assert all(torch.equal(getattr(plan, part), getattr(again, part)) for part in ("ids_keep", "inverse", "lengths"))
 
 
 def test_operations_are_put_back():
