@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sysconfig
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,7 @@ def docstrings(length: int, classes: int = 16, corpus: demo.Corpus | None = None
         held_out = {demo.group(e.source) for e in corpus.test}
         found = [(source, text) for _, source, text in demo.deduplicated(demo.docstrings(root))]
         texts = [text for source, text in found if demo.group(source) not in held_out]
-        # What is nearly a text of the test set is not learnt from, either.
-        leaks = demo.near(texts, [e.text for e in corpus.test])
-        texts = [text for text, leak in zip(texts, leaks, strict=True) if not leak]
+        texts = [text for part in _parts(texts, 2000) for text in _apart(part, [e.text for e in corpus.test])]
     else:
         texts = [e.text for e in corpus.train]
     pieces = [tokenizer(text) for text in texts]
@@ -124,6 +123,16 @@ def docstrings(length: int, classes: int = 16, corpus: demo.Corpus | None = None
         "text", corpus.name, {"input_ids": ids}, side(corpus.train), side(corpus.test), len(corpus.labels),
         len(index) + 3,
     )  # fmt: skip
+
+
+def _parts(texts: list[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(texts), size):
+        yield texts[start : start + size]
+
+
+def _apart(texts: list[str], others: list[str]) -> list[str]:
+    """Without those that are nearly one of the others: such a text of the test set is not learnt from, either."""
+    return [text for text, leak in zip(texts, demo.near(texts, others), strict=True) if not leak]
 
 
 def _word_pieces() -> Any:
