@@ -1,4 +1,4 @@
-"""Targets against their float64 oracle: norms, padding, strides, means that drown the variance, and the streaming sum."""
+"""Targets against their float64 oracle: norms, padding, strides, means that drown the variance, the streaming sum."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_sizes(native_kernels, size, norm, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("size", [(2, 1023, 33, 3), (2, 196, 768, 10)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("size", [(2, 1023, 33, 2), (2, 196, 300, 5)], ids=lambda s: "x".join(map(str, s)))
 def test_more_than_a_tile_of_everything(native_kernels, size, dtype):
     check_call(make_targets(*size, post_norm="layer", dtype=dtype))
     check_call(make_targets(*size, norm="batch", post_norm="instance", dtype=dtype), [])

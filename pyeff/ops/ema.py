@@ -137,6 +137,8 @@ def _ema(ema, params, decay, copies, *, backend=""):
 
 def _kernels(ema, params, decay, copies, backend):
     kernels.call(backend, "ema_update", ema, [t.contiguous() for t in params], decay, copies)
+    # Autograd is to notice the change; torch does this for its own ops alone.
+    torch.autograd.graph.increment_version((*ema, *copies))
 
 
 _register.composite(_lib, "ema_update_", _ema)

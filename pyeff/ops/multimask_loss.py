@@ -241,6 +241,8 @@ def _backward_fake(grad, pred, target, inverse, lengths, count, kind, beta, scal
 def _rescale(t, factor, backend):
     if t.numel() > 0:
         kernels.call(backend, "rescale", t, factor)
+    # A graph that is asked again notices that its gradient is no longer that of a derivative of one.
+    torch.autograd.graph.increment_version(t)
 
 
 _register.composite(_lib, "multimask_loss", _loss)

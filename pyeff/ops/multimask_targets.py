@@ -240,6 +240,8 @@ def _accumulate_kernels(total, layer, lengths, weight, norm, eps, backend):
     if total.numel() > 0:
         layers, norms = [kernels.rows(layer)], (NORMS.index(norm), 0)
         kernels.call(backend, "targets", layers, lengths.contiguous(), *norms, eps, weight, True, total)
+    # Autograd is to notice the change; torch does this for its own ops alone.
+    torch.autograd.graph.increment_version(total)
 
 
 _register.composite(_lib, "multimask_accumulate_", _accumulate)
