@@ -210,10 +210,12 @@ def _derivative(ctx, grad, *unused):
     needs = list(ctx.needs_input_grad[:2])
     # Traced, there is no number to look at.
     if dpred is not None and type(grad) is Tensor and not torch.is_grad_enabled():
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
         if grad.device.type == "cpu":
             if grad.item() == 1:
-                return (dpred, *nothing[1:])
-        elif not torch._C._autograd._get_current_graph_task_keep_graph():
+                # Who is given a gradient may change it; a graph that is kept gives its own away once more.
+                return (dpred.clone() if again else dpred, *nothing[1:])
+        elif not again:
             # Nobody will ask for it again. The factor is read on the device; where it is one, nothing is written.
             torch.ops.pyeff.multimask_rescale_(dpred, grad, ctx.backend)
             return (dpred, *nothing[1:])
