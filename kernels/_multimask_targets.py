@@ -13,6 +13,8 @@ from ._launch import LINES, LINES_STEP, cdiv, encode, launch
 from .configs import Config
 
 _INSTANCE, _LAYER, _NONE = multimask_targets.INSTANCE.value, multimask_targets.LAYER.value, multimask_targets.NONE.value
+# Tiles of layers on their way while another is worked on, and that one: what the least shared memory holds.
+_STAGES = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 3}
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -66,6 +68,7 @@ class _Layers:
         # Strides in elements: 8 of them are 16 bytes of the narrowest numbers.
         odd = any(line[0] % 16 or line[3] % 16 or line[1] % 8 or line[2] % 8 for line in self.lines)
         self.constants = {"KIND": KINDS[layers[0].dtype], "ALIGNED": not odd}
+        self.stages = _STAGES[layers[0].dtype]
 
     def batches(self, most: int = LINES) -> Iterator[tuple[int, tuple[int, ...]]]:
         """(layers, encoded lines) of each launch."""
@@ -97,7 +100,7 @@ class _Layers:
         for count, lines in self.batches(most):
             launch(
                 kernel, (grid,), config, lines, self.lengths, out, count, self.tokens, self.width, self.eps, weight,
-                ACCUMULATE=accumulate, **constants, **self.constants,
+                STAGES=self.stages, ACCUMULATE=accumulate, **constants, **self.constants,
             )  # fmt: skip
             accumulate = True
 
@@ -110,7 +113,8 @@ class _Layers:
             means, scales, groups = self._statistics(norm, count, lines)
             launch(
                 multimask_targets.apply, (self._tiles(config),), config, lines, self.lengths, means, scales, out,
-                count, groups, self.tokens, self.width, weight, ACCUMULATE=accumulate, **self.constants,
+                count, groups, self.tokens, self.width, weight, STAGES=self.stages, ACCUMULATE=accumulate,
+                **self.constants,
             )  # fmt: skip
             accumulate = True
 

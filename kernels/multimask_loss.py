@@ -12,8 +12,6 @@ import triton.language as tl
 L2, SMOOTH_L1, L1, COSINE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 # The square of the length below which a vector has no direction.
 _LEAST = tl.constexpr(1e-16)
-# Masks whose predictions are on their way at once.
-_AHEAD = tl.constexpr(4)
 
 
 @triton.jit
@@ -68,7 +66,7 @@ def _upstream(grad, row, mask, PLACES: tl.constexpr):
 def distance(
     pred, target, inverse, lengths, count, grad, losses, dpred, dtarget, moments, counts, masks, tokens, tiles, last,
     each, pred_row, pred_token, target_sample, target_token, width, beta, scale,
-    KIND: tl.constexpr, PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, PLACES: tl.constexpr, AHEAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Losses that are sums over channels, of some channels each program.
 
@@ -80,6 +78,7 @@ def distance(
         dpred: [R, T, D] T, out, or None. dtarget: [B, T, D] float32, out, or None.
         moments: [groups, 4, D] float64, counts: [groups] int32, out, or None.
         tiles: of a sample. last: of all samples. each: of a group.
+        AHEAD: masks whose predictions are on their way at once.
 
     Grid: (groups * parts,), parts = ceil(D / BLOCK_C).
     """
@@ -105,8 +104,8 @@ def distance(
         y = tl.load(target + own, mask=alive[:, None] & inside, other=0.0)
         back = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
         times = tl.zeros([BLOCK_T], tl.int32)
-        for first in range(0, masks, _AHEAD):
-            for i in tl.static_range(_AHEAD):
+        for first in range(0, masks, AHEAD):
+            for i in tl.static_range(AHEAD):
                 exists = here & (first + i < masks)
                 r = (b * masks + first + i).to(tl.int64)
                 row = r * tokens + t
@@ -184,7 +183,7 @@ def cosine(
         if dtarget is not None:
             tl.store(dtarget + back + c, tl.zeros([BLOCK_T, BLOCK_C], tl.float32), mask=here[:, None] & (c < width))
     total = tl.zeros([BLOCK_T], tl.float32)
-    for m in range(0, masks):
+    for m in range(masks):
         r = (b * masks + m).to(tl.int64)
         row = r * tokens + t
         hidden = alive & (tl.load(inverse + row, mask=here, other=0) < 0)
@@ -239,7 +238,7 @@ def finish(
     Grid: (ceil(size / BLOCK_N) or 1,).
     """
     pid = tl.program_id(0)
-    if losses is not None:
+    if losses is not None:  # noqa: SIM102 (known as this is compiled, unlike the next)
         if pid == 0:
             total = tl.zeros([BLOCK_P], tl.float64)
             for first in range(0, parts, BLOCK_P):

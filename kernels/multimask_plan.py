@@ -47,8 +47,10 @@ def _scores(
     inside = tl.zeros([BLOCK_T], tl.int1)
     row_width = tl.maximum(grid_width, 1)
     y, x = t // row_width, t % row_width
-    for group in range(0, tl.cdiv(centres, 4)):
-        w0, w1, w2, w3 = words(key, tl.cast(group, tl.uint32), m.to(tl.uint32) + tl.full((), CENTRES, tl.uint32), c2, c3)
+    for group in range(tl.cdiv(centres, 4)):
+        w0, w1, w2, w3 = words(
+            key, tl.cast(group, tl.uint32), m.to(tl.uint32) + tl.full((), CENTRES, tl.uint32), c2, c3
+        )
         for j in tl.static_range(4):
             centre = tl.umulhi(_word(w0, w1, w2, w3, j), length.to(tl.uint32)).to(tl.int32)
             if grid_width > 0:

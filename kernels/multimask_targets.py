@@ -10,8 +10,6 @@ import triton.language as tl
 
 LINE = tl.constexpr(4)
 NONE, INSTANCE, LAYER, BATCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-# Layers whose tiles are on their way at once.
-_STAGES = tl.constexpr(3)
 
 
 @triton.jit
@@ -60,7 +58,8 @@ def _put(out, total, weight, t, c, length, tokens, width, ACCUMULATE: tl.constex
 @triton.jit(do_not_specialize=["layers", "tokens", "eps", "weight"])
 def whole(
     lines, lengths, out, layers, tokens, width, eps, weight,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Instance norm where BLOCK_T holds all tokens of a sample: each layer is read once.
 
@@ -78,7 +77,7 @@ def whole(
     live = (t < length)[:, None] & (c < width)[None, :]
     share = 1.0 / tl.maximum(length, 1).to(tl.float32)
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for k in tl.range(0, layers, num_stages=_STAGES):
+    for k in tl.range(0, layers, num_stages=STAGES):
         base, token = _tokens_of(lines, k, b, KIND, ALIGNED)
         y = _tile(base, token, t, c, live)
         y = tl.where(live, y - (tl.sum(y, axis=0) * share)[None, :], 0.0)
@@ -135,7 +134,8 @@ def statistics(
 @triton.jit(do_not_specialize=["layers", "groups", "tokens", "weight"])
 def apply(
     lines, lengths, means, scales, out, layers, groups, tokens, width, weight,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The sum of layers by statistics that are there; as they are where ``means`` is None.
 
@@ -152,7 +152,7 @@ def apply(
     length = _length(lengths, b, tokens)
     live = (t < length)[:, None] & (c < width)[None, :]
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for k in tl.range(0, layers, num_stages=_STAGES):
+    for k in tl.range(0, layers, num_stages=STAGES):
         base, token = _tokens_of(lines, k, b, KIND, ALIGNED)
         y = _tile(base, token, t, c, live)
         if means is not None:
@@ -188,8 +188,8 @@ def _row_statistics(base, token, t, alive, width, eps, BLOCK_T: tl.constexpr, BL
 @triton.jit(do_not_specialize=["layers", "tokens", "eps", "weight"])
 def rows(
     lines, lengths, out, layers, tokens, width, eps, weight,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, ACCUMULATE: tl.constexpr, WHOLE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr, ACCUMULATE: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Layer norm. WHOLE: BLOCK_C holds all channels; else there is one layer, which is read twice.
 
@@ -207,7 +207,7 @@ def rows(
         live = alive[:, None] & (c < width)[None, :]
         share = 1.0 / width
         total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-        for k in tl.range(0, layers, num_stages=_STAGES):
+        for k in tl.range(0, layers, num_stages=STAGES):
             base, token = _tokens_of(lines, k, b, KIND, ALIGNED)
             y = _tile(base, token, t, c, live)
             y = tl.where(live, y - (tl.sum(y, axis=1) * share)[:, None], 0.0)
@@ -283,7 +283,7 @@ def apply_gradient(
     inside = (t < tokens)[:, None] & (c < width)[None, :]
     live = inside & (t < length)[:, None]
     g = _tile(grad + b.to(tl.int64) * grad_sample, grad_token, t, c, live)
-    for k in range(0, layers):
+    for k in range(layers):
         value = g
         if means is not None:
             base, token = _tokens_of(lines, k, b, KIND, ALIGNED)
@@ -317,7 +317,7 @@ def rows_gradient(
     t = pid % down * BLOCK_T + tl.arange(0, BLOCK_T)
     alive = t < _length(lengths, b, tokens)
     above = grad + b.to(tl.int64) * grad_sample
-    for k in range(0, layers):
+    for k in range(layers):
         base, token = _tokens_of(lines, k, b, KIND, ALIGNED)
         mean, scale = _row_statistics(base, token, t, alive, width, eps, BLOCK_T, BLOCK_C)
         own = tl.zeros([BLOCK_T], tl.float32)

@@ -38,10 +38,10 @@ def asked() -> int | None:
     return int(text) if text else None
 
 
-def current() -> int:
-    """The number in PYEFF_TURN, or that of the commit: for what is locked, and need not be done as a whole by hand."""
-    turn = asked()
-    return of_commit() if turn is None else turn
+def current() -> int | None:
+    """The same for what is locked, and need not be done as a whole by hand: then the commit's number, and everything
+    only where PYEFF_TURN is set to nothing."""
+    return asked() if "PYEFF_TURN" in os.environ else of_commit()
 
 
 def of_commit(root: Path = ROOT) -> int:

@@ -282,6 +282,9 @@ def test_a_cuda_source_is_built_for_some_and_locked_for_the_others(tmp_path, mon
 def test_turns(monkeypatch, tmp_path):
     monkeypatch.delenv("PYEFF_TURN", raising=False)
     assert turn.asked() is None
+    assert turn.current() == turn.of_commit()
+    monkeypatch.setenv("PYEFF_TURN", "")
+    assert turn.asked() is turn.current() is None
     monkeypatch.setenv("PYEFF_TURN", "7")
     assert turn.asked() == turn.current() == 7
     # Outside a repository, too.

@@ -200,7 +200,7 @@ def test_targets_and_their_derivative(kernels, empty, norm, dtype):
 
 @pytest.mark.parametrize(("norm", "tokens"), [("instance", 1), ("instance", 300), ("instance", 1030), ("layer", 7)])
 def test_targets_of_any_length(kernels, empty, norm, tokens):
-    """Also a large mean with a small deviation; rows wider than a tile; and added layer by layer, padding left alone."""
+    """Also a large mean with a small deviation; wider rows; and added layer by layer, padding left alone."""
     lengths = torch.tensor([tokens, tokens - tokens // 3], dtype=torch.int32)
     width = 100 if norm == "layer" else 3
     layers = [30 + 0.01 * random(B, tokens, width, seed=i) for i in range(2)]
@@ -268,9 +268,7 @@ def test_nothing_is_hidden(kernels, empty):
     plan = MaskPlan.from_mask(torch.zeros(B, M, T, dtype=torch.bool))
     total, dpred = empty(), empty(R, T, D)
     pred, target = random(R, T, D), random(B, T, D)
-    kernels.loss(
-        pred, target, plan.inverse, plan.lengths, plan.count(), 0, 0.0, 1.0, total, dpred, target.new_empty(0)
-    )
+    kernels.loss(pred, target, plan.inverse, plan.lengths, plan.count(), 0, 0.0, 1.0, total, dpred, target.new_empty(0))
     assert total.isnan()
     assert (dpred == 0).all()
 
@@ -418,7 +416,9 @@ def recorded(kernels, batch, masks, tokens, dtype=torch.bfloat16):
         "backward": lambda: kernels.loss_backward(
             number, large, wide, inverse, lengths, None, 0, 0.0, 1.0, large, none
         ),
-        "bias": lambda: kernels.relative_bias(ids, counts, empty(12, kind=torch.float32), 0, empty(rows, 12, slots, slots)),
+        "bias": lambda: kernels.relative_bias(
+            ids, counts, empty(12, kind=torch.float32), 0, empty(rows, 12, slots, slots)
+        ),
         "mask": lambda: kernels.block_mask(seed, None, lengths, masks, 0, 0.5, 0.1, 5, True, ids, counts, inverse),
     }
     found = {}

@@ -13,14 +13,19 @@ constexpr int64_t kLine = 64;
 PYEFF_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 PYEFF_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Whole lines past the caches; what is before the first and behind the last of them as usual.
-PYEFF_INLINE void copy_streamed(char* to, const char* from, int64_t bytes) {
+// Whole lines past the caches, while the lines of `next`, if any, are asked for; what is before the first and behind
+// the last of them as usual.
+PYEFF_INLINE void copy_streamed(char* to, const char* from, int64_t bytes, const char* next = nullptr) {
   const int64_t head = at_most(bytes, int64_t(-reinterpret_cast<uintptr_t>(to) % uintptr_t(kLine)));
   if (head) __builtin_memcpy(to, from, size_t(head));
   const int64_t end = head + (bytes - head) / kLine * kLine;
+  next = next ? next : from;
+  for (int64_t at = head; at < end; at += kLine) {
+    __builtin_prefetch(next + at);
 #pragma GCC unroll 4
-  for (int64_t at = head; at < end; at += kVectorBytes)
-    stream(reinterpret_cast<float*>(to + at), load(reinterpret_cast<const float*>(from + at)));
+    for (int64_t v = at; v < at + kLine; v += kVectorBytes)
+      stream(reinterpret_cast<float*>(to + v), load(reinterpret_cast<const float*>(from + v)));
+  }
   if (end < bytes) __builtin_memcpy(to + end, from + end, size_t(bytes - end));
 }
 
@@ -32,6 +37,33 @@ PYEFF_INLINE void zero_streamed(char* to, int64_t bytes) {
   if (end < bytes) __builtin_memset(to + end, 0, size_t(bytes - end));
 }
 
+template <class T>
+PYEFF_INLINE void put(T* to, Vec<Compute<T>> v, bool streamed) {
+  if (streamed)
+    stream(to, v);
+  else
+    store(to, v);
+}
+
+// Two vectors as numbers of type T, at an address that is a multiple of a vector's size where they are streamed. The
+// instruction that rounds both to bf16 takes numbers below the smallest normal one for zero: for what is noisy anyway.
+template <class T>
+PYEFF_INLINE void put_two(T* to, Vec<Compute<T>> first, Vec<Compute<T>> second, bool streamed) {
+  constexpr int64_t lanes = kLanes<Compute<T>>;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 2) {
+    const auto rounded = _mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first));
+    if (streamed)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bit_cast<__m512i>(rounded));
+    else
+      __builtin_memcpy(to, &rounded, sizeof rounded);
+    return;
+  }
+#endif
+  put(to, first, streamed);
+  put(to + lanes, second, streamed);
+}
+
 // Where an output goes: how it is written, and what is said about its memory before.
 struct Target {
   char* data;
@@ -40,8 +72,10 @@ struct Target {
   Target(void* data, int64_t bytes, int64_t least) : data(static_cast<char*>(data)), streamed(bytes >= least) {
     if (bytes >= least) expect_writes(data, bytes);
   }
-  PYEFF_INLINE void copy(int64_t at, const void* from, int64_t bytes) const {
-    if (streamed) return copy_streamed(data + at, static_cast<const char*>(from), bytes);
+  // `next` is what is copied after it, if that lies elsewhere.
+  PYEFF_INLINE void copy(int64_t at, const void* from, int64_t bytes, const void* next = nullptr) const {
+    if (streamed)
+      return copy_streamed(data + at, static_cast<const char*>(from), bytes, static_cast<const char*>(next));
     __builtin_memcpy(data + at, from, size_t(bytes));
   }
   PYEFF_INLINE void zero(int64_t at, int64_t bytes) const {
@@ -52,6 +86,46 @@ struct Target {
   PYEFF_INLINE void end() const {
     if (streamed) end_of_stream();
   }
+};
+
+// Puts pieces together that follow each other in an output, of which few begin where a line of memory does: whole lines
+// are written, past the caches if the output is. `room` is what a caller may write at `next` at a time, `scratch` has
+// bytes(room) at the alignment of a line.
+class Staged {
+ public:
+  Staged(const Target& target, int64_t at, char* scratch)
+      : target_(target),
+        to_(target.data + at),
+        staged_(scratch),
+        before_(int64_t(reinterpret_cast<uintptr_t>(to_) % uintptr_t(kLine))),
+        filled_(before_) {
+    to_ -= before_;
+  }
+  static int64_t bytes(int64_t room) { return kEnough + kLine + room; }
+  PYEFF_INLINE char* next() const { return staged_ + filled_; }
+  PYEFF_INLINE void wrote(int64_t bytes) {
+    filled_ += bytes;
+    if (filled_ >= kEnough) flush(filled_ / kLine * kLine);
+  }
+  void end() { flush(filled_); }
+
+ private:
+  static constexpr int64_t kEnough = 2048;
+
+  PYEFF_INLINE void flush(int64_t bytes) {
+    // The first line may have been begun by what is before it.
+    const int64_t begin = at_most(before_, bytes);
+    if (target_.streamed)
+      copy_streamed(to_ + begin, staged_ + begin, bytes - begin);
+    else
+      __builtin_memcpy(to_ + begin, staged_ + begin, size_t(bytes - begin));
+    __builtin_memmove(staged_, staged_ + bytes, size_t(filled_ - bytes));
+    to_ += bytes, filled_ -= bytes, before_ = 0;
+  }
+
+  const Target& target_;
+  char *to_, *staged_;
+  int64_t before_, filled_;
 };
 
 // body(begin, end) over [0, count) in pieces that are worth a task; on one thread where waking the others would take

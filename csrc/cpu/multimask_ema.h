@@ -8,7 +8,7 @@ namespace pyeff {
 namespace PYEFF_ISA {
 
 // What is in the cache at once.
-constexpr int64_t kEmaBlock = 2048;
+constexpr int64_t kEmaBlock = 1024;
 
 template <class Function>
 PYEFF_INLINE void with_number(Number number, const Function& run) {
@@ -25,7 +25,10 @@ PYEFF_INLINE void with_number(Number number, const Function& run) {
 template <class To, class From>
 void convert(To* to, const From* from, int64_t count) {
   using C = Compute<To>;
-  for (int64_t i = 0; i < count; ++i) to[i] = narrow<To, C>(C(widen(from[i])));
+  int64_t i = 0;
+  if constexpr (sizeof(C) == 4 && sizeof(Compute<From>) == 4)
+    for (; i + kLanes<float> <= count; i += kLanes<float>) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = narrow<To, C>(C(widen(from[i])));
 }
 
 // ema = keep ema + take param for at most a block; the copy is of what has not been rounded yet.

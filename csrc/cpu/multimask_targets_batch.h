@@ -40,15 +40,12 @@ class BatchStatistics {
     for_slabs([&](int64_t b, int64_t slab, T* copy, C*) {
       const int64_t n = call_.lengths[b];
       for (int64_t k = 0; k < call_.count; ++k) {
-        C mean[kWidth], sums[kWidth], squares[kWidth];
-        read(b, slab, k, copy, mean);
-        Ahead none;
-        Part::centre(copy, n, mean, sums, squares, none);
+        typename Part::Moments moments;
+        read(b, slab, k, copy, moments);
         const int64_t at = (b * call_.count + k) * stride_ + slab * kWidth;
         for (int c = 0; c < kWidth; ++c) {
-          const double off = n ? double(sums[c]) / double(n) : 0;
-          first_[at + c] = double(mean[c]) + off;
-          second_[at + c] = n ? double(squares[c]) - double(sums[c]) * off : 0;
+          first_[at + c] = double(moments.mean[c]) + double(moments.off[c]);
+          second_[at + c] = double(moments.variance[c]) * double(n);
         }
       }
     });
@@ -73,9 +70,9 @@ class BatchStatistics {
   void project(const MaskTensor<const C>& grad) {
     for_slabs([&](int64_t b, int64_t slab, T* copy, C* g) {
       const int64_t n = call_.lengths[b], left = call_.width - slab * kWidth;
-      C unused[kWidth];
-      Ahead none;
-      Slab<C>::read(grad.row(b, 0) + slab * kWidth, grad.token, n, left, g, unused, none);
+      typename Slab<C>::Moments of_grad;
+      typename Part::Moments unused;
+      Slab<C>::read(grad.row(b, 0) + slab * kWidth, grad.token, n, left, g, of_grad, {});
       double* sums = grads_ + b * stride_ + slab * kWidth;
       for (int c = 0; c < kWidth; ++c) sums[c] = 0;
       for (int64_t t = 0; t < n; ++t)
@@ -108,10 +105,9 @@ class BatchStatistics {
  private:
   int64_t of(int64_t b, int64_t i) const { return b * call_.count * stride_ + i; }
 
-  void read(int64_t b, int64_t slab, int64_t k, T* copy, C* mean) const {
-    Ahead none;
+  void read(int64_t b, int64_t slab, int64_t k, T* copy, typename Part::Moments& moments) const {
     Part::read(call_.layers[k].row(b, 0) + slab * kWidth, call_.layers[k].token, call_.lengths[b],
-               call_.width - slab * kWidth, copy, mean, none);
+               call_.width - slab * kWidth, copy, moments, {});
   }
 
   template <class F>

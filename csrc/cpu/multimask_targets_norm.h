@@ -37,8 +37,7 @@ struct NormCall {
 // weight * normalised(x) = (x - mean) * scale + bias. The bias is what the mean, rounded, is wrong by. `pull` is
 // 1 / (variance + eps).
 template <class C>
-PYEFF_INLINE void norm_of(C sum, C squares, C over_count, double eps, double weight, C* scale, C* bias, C* pull) {
-  const C off = sum * over_count, variance = squares * over_count - off * off;
+PYEFF_INLINE void norm_of(C off, C variance, double eps, double weight, C* scale, C* bias, C* pull) {
   *pull = C(1) / ((variance < C(0) ? C(0) : variance) + C(eps));
   *scale = (sizeof(C) == 8 ? C(__builtin_sqrt(double(*pull))) : C(__builtin_sqrtf(float(*pull)))) * C(weight);
   *bias = -off * *scale;
@@ -93,76 +92,87 @@ struct Slab {
   using V = Vec<C>;
   static constexpr int kLanes = PYEFF_ISA::kLanes<C>;
   static constexpr int kVectors = kVectorBytes == 64 ? 2 : 4, kWidth = kVectors * kLanes;
-  // Chains of sums, so that their latency hides; and the share of rows that a pass asks for ahead.
-  static constexpr int kChains = 2, kPasses = 3;
+  // So many independent sums hide the latency of one; and the rows whose mean the others are taken about.
+  static constexpr int kChains = kVectorRegisters >= 32 ? 2 : 1, kFirst = 16;
 
-  // `mean` is rounded; see norm_of. `over_count` of the tokens.
+  // Of n tokens: the mean, rounded; what it is short of the mean; and the variance.
+  struct Moments {
+    C mean[kWidth], off[kWidth], variance[kWidth];
+  };
+  // See norm_of.
   struct Norm {
     C mean[kWidth], scale[kWidth], bias[kWidth], pull[kWidth];
+    Norm() = default;
+    Norm(const Moments& of, double eps, double weight) {
+      __builtin_memcpy(mean, of.mean, sizeof mean);
+      for (int c = 0; c < kWidth; ++c) norm_of(of.off[c], of.variance[c], eps, weight, scale + c, bias + c, pull + c);
+    }
   };
 
-  template <class F>
-  static PYEFF_INLINE void for_rows(int64_t n, Ahead& ahead, const F& body) {
-    int64_t t = 0;
-    for (; t + kPasses <= n; t += kPasses) {
-      ahead.step();
-#pragma GCC unroll 3
-      for (int i = 0; i < kPasses; ++i) body(t + i);
-    }
-    for (; t < n; ++t) {
-      ahead.step();
-      body(t);
-    }
+  // Copies n rows.
+  static void read(const T* from, int64_t stride, int64_t n, int64_t left, T* copy, Moments& moments, Ahead ahead) {
+    left >= kWidth ? read_rows<true>(from, stride, n, left, copy, moments, ahead)
+                   : read_rows<false>(from, stride, n, left, copy, moments, ahead);
   }
 
-  // Copies n rows; `mean` becomes theirs.
-  static void read(const T* from, int64_t stride, int64_t n, int64_t left, T* copy, C* mean, Ahead& ahead) {
-    left >= kWidth ? read_rows<true>(from, stride, n, left, copy, mean, ahead)
-                   : read_rows<false>(from, stride, n, left, copy, mean, ahead);
-  }
-
+ private:
   template <bool kWhole>
-  static void read_rows(const T* from, int64_t stride, int64_t n, int64_t left, T* copy, C* mean, Ahead& ahead) {
-    V sum[kVectors] = {};
-    for_rows(n, ahead, [&](int64_t t) {
-      const T* row = from + t * stride;
-      T* to = copy + t * kWidth;
-      if (kWhole) {
-        __builtin_memcpy(to, row, sizeof(T) * kWidth);
-      } else {
-        for (int c = 0; c < kWidth; ++c) to[c] = c < left ? row[c] : T{};
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[v] += load(to + v * kLanes);
-    });
-    const C over_count = C(1) / C(larger(n, 1));
-    for (int v = 0; v < kVectors; ++v) store(mean + v * kLanes, sum[v] * over_count);
+  static PYEFF_INLINE void copy_row(const T* row, int64_t left, T* to) {
+    if (kWhole) {
+      __builtin_memcpy(to, row, sizeof(T) * kWidth);
+    } else {
+      for (int c = 0; c < kWidth; ++c) to[c] = c < left ? row[c] : T{};
+    }
   }
 
-  // The sums of x - mean and of its squares.
-  static void centre(const T* copy, int64_t n, const C* mean, C* sums, C* squares, Ahead& ahead) {
-    V sum[kVectors] = {}, square[kVectors] = {}, middle[kVectors];
-    for (int v = 0; v < kVectors; ++v) middle[v] = load(mean + v * kLanes);
-    for_rows(n, ahead, [&](int64_t t) {
+  // Sums and sums of squares about the mean of the first rows: however far those lie from the others, the variance has
+  // them in it, so that their difference costs few digits.
+  template <bool kWhole>
+  static void read_rows(const T* from, int64_t stride, int64_t n, int64_t left, T* copy, Moments& moments,
+                        Ahead ahead) {
+    const int64_t first = smaller(n, kFirst);
+    V middle[kVectors] = {}, sum[kChains][kVectors] = {}, square[kChains][kVectors] = {};
+    for (int64_t t = 0; t < first; ++t) {
+      copy_row<kWhole>(from + t * stride, left, copy + t * kWidth);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) middle[v] += load(copy + t * kWidth + v * kLanes);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) middle[v] *= C(1) / C(larger(first, 1));
+    int64_t t = 0;
+    for (; t < first; ++t) {
+      ahead.step();
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const V c = load(copy + t * kWidth + v * kLanes) - middle[v];
-        sum[v] += c;
-        square[v] += c * c;
+        const V d = load(copy + t * kWidth + v * kLanes) - middle[v];
+        sum[0][v] += d;
+        square[0][v] += d * d;
       }
-    });
-    for (int v = 0; v < kVectors; ++v) {
-      store(sums + v * kLanes, sum[v]);
-      store(squares + v * kLanes, square[v]);
     }
-  }
-
-  static void measure(const T* copy, int64_t n, double eps, double weight, Norm& norm, Ahead& ahead) {
-    C sums[kWidth], squares[kWidth];
-    centre(copy, n, norm.mean, sums, squares, ahead);
+    auto row = [&](int64_t at, int chain) __attribute__((always_inline)) {
+      ahead.step();
+      copy_row<kWhole>(from + at * stride, left, copy + at * kWidth);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const V d = load(kWhole ? from + at * stride + v * kLanes : copy + at * kWidth + v * kLanes) - middle[v];
+        sum[chain][v] += d;
+        square[chain][v] += d * d;
+      }
+    };
+    for (; t + kChains <= n; t += kChains) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kChains; ++i) row(t + i, i);
+    }
+    for (; t < n; ++t) row(t, 0);
     const C over_count = C(1) / C(larger(n, 1));
-    for (int c = 0; c < kWidth; ++c)
-      norm_of(sums[c], squares[c], over_count, eps, weight, norm.scale + c, norm.bias + c, norm.pull + c);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      for (int i = 1; i < kChains; ++i) sum[0][v] += sum[i][v], square[0][v] += square[i][v];
+      const V more = sum[0][v] * over_count, mean = middle[v] + more;
+      store(moments.mean + v * kLanes, mean);
+      store(moments.off + v * kLanes, more - (mean - middle[v]));
+      store(moments.variance + v * kLanes, square[0][v] * over_count - more * more);
+    }
   }
 };
 

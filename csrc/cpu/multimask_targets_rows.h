@@ -39,12 +39,12 @@ struct RowNorm {
     const C over_count = C(1) / C(width);
     mean = sum(width, [&](int64_t i, int64_t count) { return load_first(x + i, count); }) * over_count;
     const C off =
-        sum(width, [&](int64_t i, int64_t count) { return only_first<C>(load_first(x + i, count) - mean, count); });
+        over_count * sum(width, [&](int64_t i, int64_t count) { return only_first<C>(load_first(x + i, count) - mean, count); });
     const C squares = sum(width, [&](int64_t i, int64_t count) {
       const V c = only_first<C>(load_first(x + i, count) - mean, count);
       return c * c;
     });
-    norm_of(off, squares, over_count, eps, weight, &scale, &bias, &pull);
+    norm_of(off, squares * over_count - off * off, eps, weight, &scale, &bias, &pull);
   }
 };
 

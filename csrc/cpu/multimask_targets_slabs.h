@@ -13,13 +13,16 @@ class InstanceNorm {
   using Part = Slab<T>;
   static constexpr int kWidth = Part::kWidth, kVectors = Part::kVectors, kLanes = Part::kLanes;
 
+  // So many layers are added at once, while they are in the first cache.
+  static constexpr int kGroup = 2;
+
  public:
-  // One thread's memory: a layer's rows, and their sum or gradient.
+  // One thread's memory: some layers' rows, and their sum or gradient.
   struct Room {
     T* copy;
     C* sum;
     void place(Arena& arena, int64_t tokens) {
-      copy = arena.take<T>(tokens * kWidth);
+      copy = arena.take<T>(kGroup * tokens * kWidth);
       sum = arena.take<C>(tokens * kWidth);
     }
   };
@@ -33,20 +36,17 @@ class InstanceNorm {
     for (int64_t i = items.begin; i < items.end; ++i) {
       const int64_t b = i / slabs_, from = i % slabs_ * kWidth, left = call_.width - from, n = call_.lengths[b];
       C* to = out + b * sample + from;
-      for (int64_t k = 0; k < call_.count && n > 0; ++k) {
-        const bool last = k + 1 == call_.count;
-        Ahead ahead = !last ? rows_of(i, k + 1) : i + 1 < items.end ? rows_of(i + 1, 0) : Ahead{};
-        typename Part::Norm norm;
-        Part::read(call_.layers[k].row(b, 0) + from, call_.layers[k].token, n, left, room.copy, norm.mean, ahead);
-        Part::measure(room.copy, n, call_.eps, call_.weight, norm, ahead);
-        const C* before = k ? room.sum : accumulate ? to : nullptr;
-        const int64_t stride = k ? kWidth : call_.width;
-        if (!last) {
-          add(room.copy, n, norm, k || accumulate ? before : nullptr, stride, room.sum, kWidth, k ? kWidth : left,
-              false, ahead);
-        } else {
-          add(room.copy, n, norm, before, stride, to, call_.width, left, streamed, ahead);
-        }
+      for (int64_t k = 0; k < call_.count && n > 0;) {
+        const int group = call_.count - k >= kGroup ? kGroup : 1;
+        Norm norms[kGroup];
+        for (int g = 0; g < group; ++g)
+          norms[g] = read(i, k + g, items.end, room.copy + g * call_.tokens * kWidth, kGroup);
+        const bool last = k + group == call_.count;
+        Sum sum{room.sum, kWidth, room.sum, kWidth, false};
+        if (k == 0) sum.before = accumulate ? to : nullptr, sum.before_stride = call_.width;
+        if (last) sum.to = to, sum.stride = call_.width, sum.streamed = streamed;
+        group == 1 ? add_layers<1>(room.copy, n, norms, sum, left) : add_layers<kGroup>(room.copy, n, norms, sum, left);
+        k += group;
       }
       if (!accumulate) zero_padding(to, n, left, streamed);
     }
@@ -57,19 +57,11 @@ class InstanceNorm {
                 bool streamed) const {
     for (int64_t i = items.begin; i < items.end; ++i) {
       const int64_t b = i / slabs_, from = i % slabs_ * kWidth, left = call_.width - from, n = call_.lengths[b];
-      const int64_t at = b * call_.tokens * call_.width + from;
-      C mean_grad[kWidth];
-      Ahead none;
-      if (n > 0) Slab<C>::read(grad.row(b, 0) + from, grad.token, n, left, room.sum, mean_grad, none);
+      typename Slab<C>::Moments of_grad;
+      if (n > 0) Slab<C>::read(grad.row(b, 0) + from, grad.token, n, left, room.sum, of_grad, {});
       for (int64_t k = 0; k < call_.count; ++k) {
-        T* to = dlayers[k] + at;
-        if (n > 0) {
-          Ahead ahead = k + 1 < call_.count ? rows_of(i, k + 1) : i + 1 < items.end ? rows_of(i + 1, 0) : Ahead{};
-          typename Part::Norm norm;
-          Part::read(call_.layers[k].row(b, 0) + from, call_.layers[k].token, n, left, room.copy, norm.mean, ahead);
-          Part::measure(room.copy, n, call_.eps, call_.weight, norm, ahead);
-          back(room, n, norm, mean_grad, to, left, streamed, ahead);
-        }
+        T* to = dlayers[k] + b * call_.tokens * call_.width + from;
+        if (n > 0) back(room, n, read(i, k, items.end, room.copy, 1), of_grad.mean, to, left, streamed);
         zero_padding(to, n, left, streamed);
       }
     }
@@ -77,11 +69,24 @@ class InstanceNorm {
   }
 
  private:
-  Ahead rows_of(int64_t i, int64_t k) const {
-    const int64_t b = i / slabs_, from = i % slabs_ * kWidth;
-    const int64_t width = smaller(kWidth, call_.width - from), size = sizeof(T);
-    return {reinterpret_cast<const char*>(call_.layers[k].row(b, 0) + from), call_.layers[k].token * size, width * size,
-            call_.lengths[b]};
+  using Norm = typename Part::Norm;
+
+  // Copies layer k's slab i, and asks for the one that comes `ahead` reads later.
+  Norm read(int64_t i, int64_t k, int64_t end, T* copy, int64_t ahead) const {
+    const int64_t from = i % slabs_ * kWidth, left = call_.width - from, size = sizeof(T);
+    int64_t next = i, layer = k + ahead;
+    if (layer >= call_.count) ++next, layer -= call_.count;
+    Ahead later;
+    if (next < end && layer < call_.count) {
+      const MaskTensor<const T>& x = call_.layers[layer];
+      const int64_t at = next % slabs_ * kWidth;
+      later = {reinterpret_cast<const char*>(x.row(next / slabs_, 0) + at), x.token * size,
+               smaller(kWidth, call_.width - at) * size, call_.lengths[next / slabs_]};
+    }
+    const int64_t b = i / slabs_;
+    typename Part::Moments moments;
+    Part::read(call_.layers[k].row(b, 0) + from, call_.layers[k].token, call_.lengths[b], left, copy, moments, later);
+    return Norm(moments, call_.eps, call_.weight);
   }
 
   template <class U>
@@ -91,50 +96,46 @@ class InstanceNorm {
         put(streamed, to + t * call_.width + c, V{}, left - c);
   }
 
-  // to = before + what is normalised; `left` channels are written.
-  static void add(const T* copy, int64_t n, const typename Part::Norm& norm, const C* before, int64_t before_stride,
-                  C* to, int64_t stride, int64_t left, bool streamed, Ahead& ahead) {
-    if (left < kWidth)
-      return add_rows<true, false, false>(copy, n, norm, before, before_stride, to, stride, left, ahead);
-    if (streamed) {
-      before ? add_rows<true, true, true>(copy, n, norm, before, before_stride, to, stride, left, ahead)
-             : add_rows<false, true, true>(copy, n, norm, before, before_stride, to, stride, left, ahead);
-    } else {
-      before ? add_rows<true, true, false>(copy, n, norm, before, before_stride, to, stride, left, ahead)
-             : add_rows<false, true, false>(copy, n, norm, before, before_stride, to, stride, left, ahead);
-    }
+  struct Sum {
+    const C* before;  // or null
+    int64_t before_stride;
+    C* to;
+    int64_t stride;
+    bool streamed;
+  };
+
+  // to = before + what is normalised of G layers.
+  template <int G>
+  void add_layers(const T* copy, int64_t n, const Norm* norms, const Sum& sum, int64_t left) const {
+    left >= kWidth ? add_rows<G, true>(copy, n, norms, sum, left) : add_rows<G, false>(copy, n, norms, sum, left);
   }
 
-  template <bool kBefore, bool kWhole, bool kStream>
-  static void add_rows(const T* copy, int64_t n, const typename Part::Norm& norm, const C* before,
-                       int64_t before_stride, C* to, int64_t stride, int64_t left, Ahead& ahead) {
-    V mean[kVectors], scale[kVectors], bias[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      mean[v] = load(norm.mean + v * kLanes);
-      scale[v] = load(norm.scale + v * kLanes);
-      bias[v] = load(norm.bias + v * kLanes);
-    }
-    Part::for_rows(n, ahead, [&](int64_t t) {
+  template <int G, bool kWhole>
+  void add_rows(const T* copy, int64_t n, const Norm* norms, const Sum sum, int64_t left) const {
+    V mean[G][kVectors], scale[G][kVectors], bias[kVectors] = {};
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < kVectors; ++v) {
+        mean[g][v] = load(norms[g].mean + v * kLanes);
+        scale[g][v] = load(norms[g].scale + v * kLanes);
+        bias[v] += load(norms[g].bias + v * kLanes);
+      }
+    const int64_t layer = call_.tokens * kWidth;
+    for (int64_t t = 0; t < n; ++t) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const int64_t c = v * kLanes;
-        if (!kWhole && left <= c) break;
-        V sum = (load(copy + t * kWidth + c) - mean[v]) * scale[v] + bias[v];
-        if (kBefore && (kWhole || before))
-          sum += kWhole ? load(before + t * before_stride + c) : load_first(before + t * before_stride + c, left - c);
-        C* at = to + t * stride + c;
-        if (kStream)
-          stream(at, sum);
-        else if (kWhole)
-          store(at, sum);
-        else
-          store_first(at, sum, left - c);
+        const int64_t c = v * kLanes, count = kWhole ? kLanes : left - c;
+        if (count <= 0) break;
+        V total = bias[v];
+        if (sum.before) total += load_first(sum.before + t * sum.before_stride + c, count);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) total += (load(copy + g * layer + t * kWidth + c) - mean[g][v]) * scale[g][v];
+        put(sum.streamed, sum.to + t * sum.stride + c, total, count);
       }
-    });
+    }
   }
 
-  void back(const Room& room, int64_t n, const typename Part::Norm& norm, const C* mean_grad, T* to, int64_t left,
-            bool streamed, Ahead& ahead) const {
+  void back(const Room& room, int64_t n, const Norm& norm, const C* mean_grad, T* to, int64_t left,
+            bool streamed) const {
     const C over_count = C(1) / C(n);
     V product[kVectors] = {};
     auto gradient = [&](int64_t t, int v) {
@@ -149,7 +150,7 @@ class InstanceNorm {
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) product[v] *= load(norm.pull + v * kLanes) * over_count;
-    Part::for_rows(n, ahead, [&](int64_t t) {
+    for (int64_t t = 0; t < n; ++t) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = v * kLanes;
@@ -157,7 +158,7 @@ class InstanceNorm {
         const V scale = load(norm.scale + c), normalised = centred(t, v) * scale + load(norm.bias + c);
         put(streamed, to + t * call_.width + c, gradient(t, v) * scale - normalised * product[v], left - c);
       }
-    });
+    }
   }
 
   const NormCall<T>& call_;

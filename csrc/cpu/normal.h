@@ -27,7 +27,7 @@ PYEFF_INLINE FloatV square_root(FloatV x) {
 // log(1 + f) = f - f^2 / 2 + f^3 P(f), P the minimax polynomial; its error is a quarter of a unit in the last place.
 template <int N>
 PYEFF_INLINE void minus_two_log(FloatV* u) {
-  constexpr float terms[] = {-0x1.5556d8p-1f, 0x1.000382p-1f,  -0x1.98d7f2p-2f, 0x1.538248p-2f,
+  constexpr float terms[] = {-0x1.5556d8p-1f, 0x1.000382p-1f, -0x1.98d7f2p-2f, 0x1.538248p-2f,
                              -0x1.317458p-2f, 0x1.2432bep-2f, -0x1.645eb8p-3f};
   FloatV f[N], exponent[N], p[N];
 #pragma GCC unroll 8

@@ -39,7 +39,8 @@ class Philox {
   }
 
   // Four words of each of the counters from `first` on, as many as N vectors have 32-bit lanes: out[4 n + i] holds word
-  // i, and lane l that of the counter first + n lanes + group(l). N are interleaved, since one round waits for the other.
+  // i, and lane l that of the counter first + n lanes + group(l). N are interleaved, since one round waits for the
+  // other.
   template <int N>
   PYEFF_INLINE void words(uint32_t first, const PhiloxRow& row, UInt32V* out) const {
     const UInt64V factor0 = splat<UInt64V>(uint64_t(0xd2511f53)), factor1 = splat<UInt64V>(uint64_t(0xcd9e8d57));

@@ -235,7 +235,8 @@ def _scatter_kernels(x, ids_keep, keep_len, inverse, lengths, fill, seed, sample
     if out.numel() > 0:
         kernels.call(
             backend, "scatter", kernels.rows(x), inverse.contiguous(), lengths.contiguous(),
-            fill if fill is None else kernels.rows(fill), seed, sample_ids, noise_std, out,
+            fill if fill is None else kernels.rows(fill), seed,
+            sample_ids if sample_ids is None else sample_ids.contiguous(), noise_std, out,
         )  # fmt: skip
     return out
 

@@ -60,11 +60,17 @@ class Meter:
 class CollapseWarning(UserWarning):
     """Targets or predictions hardly differ between tokens any more: the students have found the easy way out.
 
+    Args:
+        message (str): what has collapsed, at which step, how far.
+
     Example:
         >>> from pyeff.recipes import multimask
         >>> issubclass(multimask.CollapseWarning, UserWarning)
         True
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
 
 
 def collapsed(record: Mapping[str, float], floor: float) -> str | None:

@@ -143,8 +143,8 @@ def _check(s: Settings, layers: int) -> None:
     for name, low, high, expected in (
         ("masks", 1, 2**30, "at least 1"), ("length", 1, 2**30, "at least 1"), ("top_k_layers", 1, layers, top),
         ("decoder_layers", 1, 2**30, "at least 1"), ("decoder_kernel", 1, 2**30, "at least 1"),
-        ("decoder_groups", 1, 2**30, "at least 1"),
-        ("decoder_width", 1, 2**30, "at least 1"), ("ema_steps", 1, 2**62, "at least 1"),
+        ("decoder_groups", 1, 2**30, "at least 1"), ("decoder_width", 1, 2**30, "at least 1"),
+        ("ema_steps", 1, 2**62, "at least 1"),
         ("steps", 1, 2**62, "at least 1"), ("warmup", 0, s.steps, f"0 to steps, {s.steps}"),
         ("batch_size", 1, 2**30, "at least 1"), ("accumulate", 1, s.batch_size, f"1 to batch_size, {s.batch_size}"),
         ("seed", -(2**63), 2**63 - 1, "64 bits"),
@@ -153,9 +153,7 @@ def _check(s: Settings, layers: int) -> None:
         if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= operator.index(value) <= high:
             raise ValueError(f"{name} is {value!r}, expected an integer, {expected}")
     infinity = math.inf
-    low: float
-    high: float
-    for name, low, high in (
+    for name, least, most in (
         ("keep", 0, 1), ("adjust", -infinity, infinity), ("noise_std", 0, infinity), ("beta", 0, infinity),
         ("cls_loss", 0, infinity), ("ema_decay", 0, 1), ("ema_end", 0, 1), ("lr", 0, infinity), ("eps", 0, infinity),
         ("weight_decay", 0, infinity), ("clip", 0, infinity), ("scale", 0, infinity),
@@ -163,8 +161,8 @@ def _check(s: Settings, layers: int) -> None:
         value = getattr(s, name)
         if value is None and name == "clip":
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"{name} is {value!r}, expected a number from {low} to {high}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise ValueError(f"{name} is {value!r}, expected a number from {least} to {most}")
         if abs(value) == infinity:
             raise ValueError(f"{name} is {value!r}, expected a finite number")
     for name, options in (

@@ -4,6 +4,8 @@
     trainer.fit(texts)
     trainer.save("pretrained.safetensors")
 
+Beside it, the helpers and losses of I-JEPA, V-JEPA, MAE and iBOT on the same ops.
+
 Source: Baevski, Babu, Hsu, Auli, "Efficient Self-supervised Learning with Contextualized Target Representations for
 Vision, Speech and Language", 2022, arXiv 2212.07525.
 """
@@ -19,6 +21,15 @@ from torch import Tensor, nn
 
 from pyeff.recipes import _multimask_files as files
 from pyeff.recipes import _multimask_fit, _multimask_resume
+from pyeff.recipes._multimask_adapters import (
+    apply_masks,
+    ibot_loss,
+    ijepa_loss,
+    mae_decoder_input,
+    mae_loss,
+    repeat_interleave_batch,
+    vjepa_loss,
+)
 from pyeff.recipes._multimask_data import Collate, prepare
 from pyeff.recipes._multimask_models import find_parts, make_decoder
 from pyeff.recipes._multimask_optim import Rates, adamw, scale_and_clip
@@ -26,7 +37,17 @@ from pyeff.recipes._multimask_progress import CollapseWarning, Meter
 from pyeff.recipes._multimask_settings import Settings, key, resolve
 from pyeff.recipes._multimask_step import Engine, move
 
-__all__ = ["CollapseWarning", "Pretrainer"]
+__all__ = [
+    "CollapseWarning",
+    "Pretrainer",
+    "apply_masks",
+    "ibot_loss",
+    "ijepa_loss",
+    "mae_decoder_input",
+    "mae_loss",
+    "repeat_interleave_batch",
+    "vjepa_loss",
+]
 
 
 class Pretrainer:
