@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sysconfig
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,27 +77,20 @@ def digits(shots: int, seed: int) -> Task:
 
 
 def docstrings(length: int, classes: int = 16, corpus: demo.Corpus | None = None, tokenizer: Any = None) -> Task:
-    """The demo's docstrings. Pre-trained on is all text of the standard library but for the test set, in one stream.
+    """The demo's docstrings. Pre-trained on are its training texts, in one stream, without their labels.
 
     Args:
         length (int): tokens of a piece of the stream, and at which a text is cut off.
         classes (int): packages that the probe tells apart.
-        corpus (Corpus, optional): text at hand. Then only its training texts are pre-trained on.
+        corpus (Corpus, optional): text at hand. Default: :func:`pyeff.demo.data.standard_library`.
         tokenizer (callable, optional): text -> list of integers. Default: that of all-MiniLM-L6-v2.
 
     Raises:
         RuntimeError: the encoder's package, whose tokenizer it is, is not installed.
     """
     tokenizer = tokenizer or _word_pieces()
-    if corpus is None:
-        corpus = demo.standard_library(classes)
-        root = Path(sysconfig.get_paths()["stdlib"])
-        held_out = {demo.group(e.source) for e in corpus.test}
-        found = [(source, text) for _, source, text in demo.deduplicated(demo.docstrings(root))]
-        texts = [text for source, text in found if demo.group(source) not in held_out]
-        texts = [text for part in _parts(texts, 2000) for text in _apart(part, [e.text for e in corpus.test])]
-    else:
-        texts = [e.text for e in corpus.train]
+    corpus = corpus or demo.standard_library(classes)
+    texts = [e.text for e in corpus.train]
     pieces = [tokenizer(text) for text in texts]
     counts = Counter(piece for text in pieces for piece in text)
     frequent = sorted(piece for piece, count in counts.items() if count >= LEAST)
@@ -123,16 +113,6 @@ def docstrings(length: int, classes: int = 16, corpus: demo.Corpus | None = None
         "text", corpus.name, {"input_ids": ids}, side(corpus.train), side(corpus.test), len(corpus.labels),
         len(index) + 3,
     )  # fmt: skip
-
-
-def _parts(texts: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(texts), size):
-        yield texts[start : start + size]
-
-
-def _apart(texts: list[str], others: list[str]) -> list[str]:
-    """Without those that are nearly one of the others: such a text of the test set is not learnt from, either."""
-    return [text for text, leak in zip(texts, demo.near(texts, others), strict=True) if not leak]
 
 
 def _word_pieces() -> Any:
