@@ -14,6 +14,7 @@ Only these processes import Triton: the caller may have it loaded as an interpre
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -36,12 +37,16 @@ from .resources import NO_MATRIX, Usage, from_plain
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "aot-cache"
 PROCESSES = 2
-_FORMAT = 1  # of a cached entry; what changes the meaning of one raises it
+_FORMAT = 2  # of a cached entry; what changes the meaning of one raises it
 
 
 @dataclass(frozen=True)
 class Job:
-    """The case at ``index`` of those that ``module`` lists, and what is said of it if its compiler dies."""
+    """The case at ``index`` of those that ``module`` lists, and what is known of it before it is compiled.
+
+    ``key`` is a hash of all that the result depends on (empty where it cannot be told), ``expects`` is that of
+    :class:`~benchmarks.resources.Usage`.
+    """
 
     module: str
     index: int
@@ -49,6 +54,8 @@ class Job:
     config: str
     variant: str
     arch: int
+    key: str = ""
+    expects: tuple[str, ...] = ()
 
 
 class Case(NamedTuple):
@@ -92,7 +99,36 @@ def job(module: str, index: int, case: Case) -> Job:
     """Where a case is found again, by another process."""
     configuration, _, variant = case.name.partition(" ")
     kernel, _, config = configuration.partition("/")
-    return Job(module, index, kernel, config, variant, case.arch)
+    try:
+        key = key_of(case)
+    except Exception:  # a case that is wrong in itself: the one that compiles it says what is wrong
+        key = ""
+    return Job(module, index, kernel, config, variant, case.arch, key, case.expects())
+
+
+def key_of(case: Case) -> str:
+    """A hash of the kernel's source with what it calls, what it is compiled with, and the compilers."""
+    import triton
+    from triton.compiler import ASTSource
+
+    source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
+    versions = f"triton {triton.__version__} ptxas {_ptxas_version(case.arch)}"
+    text = f"{_FORMAT} {source.hash()} {sorted(case.options.items())} {case.arch} {versions}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _ptxas_version(arch: int) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    return str(get_ptxas_version(arch)).strip().splitlines()[-1]
+
+
+def _without_lines() -> None:
+    """Lets Triton forget at which line a kernel begins: one that has only moved within its file has not changed."""
+    from triton.runtime.jit import JITFunction
+
+    JITFunction.starting_line_number = property(lambda _: 0, lambda _, line: None)  # type: ignore[assignment]
 
 
 def cases(module: str) -> list[Case]:
@@ -108,21 +144,20 @@ def kernel_modules() -> list[str]:
 
 def compile_case(case: Case, this: Job, cache: Path) -> Usage:
     """What one case takes; from the cache if nothing that it depends on changed."""
-    import triton
     from triton.compiler import ASTSource
 
-    source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
-    key = f"{_FORMAT} {source.hash()} {sorted(case.options.items())} {case.arch} triton {triton.__version__}"
-    entry = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    if entry.exists():
+    entry = cache / f"{this.key}.json"
+    if this.key and entry.exists():
         usage = from_plain(json.loads(entry.read_text()))
     else:
+        source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
         usage = _compiled(source, case.options, case.arch)
-        cache.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: another process may read or write the same entry.
-        aside = entry.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(asdict(usage)))
-        aside.replace(entry)
+        if this.key:
+            cache.mkdir(parents=True, exist_ok=True)
+            # Written aside and renamed: another process may read or write the same entry.
+            aside = entry.with_suffix(f".{os.getpid()}")
+            aside.write_text(json.dumps(asdict(usage)))
+            aside.replace(entry)
     return replace(usage, kernel=this.kernel, config=this.config, variant=this.variant, expects=case.expects())
 
 
@@ -261,14 +296,19 @@ def jobs(modules: Sequence[str], architectures: Iterable[int] = tuple(ARCHITECTU
     if done.returncode:
         raise RuntimeError(f"{', '.join(modules)} cannot be listed: {done.stderr.strip()[-2000:]}")
     wanted = set(architectures)
-    return [j for j in (Job(**entry) for entry in json.loads(done.stdout.splitlines()[-1])) if j.arch in wanted]
+    return [j for j in map(_job, json.loads(done.stdout.splitlines()[-1])) if j.arch in wanted]
+
+
+def _job(entry: dict[str, Any]) -> Job:
+    """A job from its JSON."""
+    return Job(**{**entry, "expects": tuple(entry["expects"])})
 
 
 def _serve(cache: Path) -> None:
     known: dict[str, list[Case]] = {}
     answers, sys.stdout = sys.stdout, sys.stderr  # what a module prints is not an answer
     for line in sys.stdin:
-        this = Job(**json.loads(line))
+        this = _job(json.loads(line))
         if this.module not in known:
             known[this.module] = cases(this.module)
         try:
@@ -282,5 +322,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         _serve(Path(sys.argv[2]))
     else:
+        _without_lines()
         listed = [job(module, i, case) for module in sys.argv[2:] for i, case in enumerate(cases(module))]
         print(json.dumps([asdict(one) for one in listed]))

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from . import aot, ptxas, resources
+from . import aot, lock, ptxas, resources
 from .gpus import ARCHITECTURES
 from .resources import NO_MATRIX, Usage
 
@@ -53,12 +53,14 @@ class Report:
         versions (dict): of the compilers.
         skipped (list of str): what could not be looked at, and why.
         failures (list of str): each gate that is not held; empty if all is well.
+        compiled (int): how many of Triton's usages were compiled, or read from build/aot-cache; the rest is locked.
     """
 
     usages: list[Usage] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    compiled: int = 0
 
 
 def read_exclusions(path: Path = EXCLUDED) -> dict[str, dict[int, str]]:
@@ -134,16 +136,54 @@ def cuda_failures(usages: Sequence[Usage], stack_allowed: Mapping[str, str] = ST
     ]
 
 
-def triton(report: Report, modules: Sequence[str] | None = None, excluded: Exclusions | None = None) -> None:
-    """Compiles every configuration for every architecture and adds it to the report."""
+def triton(
+    report: Report,
+    modules: Sequence[str] | None = None,
+    excluded: Exclusions | None = None,
+    *,
+    locks: Path = lock.LOCKS,
+    turn: int | None = None,
+    renew: bool = False,
+) -> None:
+    """Adds every configuration on every architecture to the report: compiled, or as the lock has it.
+
+    Compiled is what the lock does not know, and of the rest the share of a turn; without a turn, all. With ``renew``
+    the lock is written from what was found, else it must agree.
+    """
     modules = aot.kernel_modules() if modules is None else modules
     if not modules:
         report.skipped.append("Triton: no kernel file lists configurations")
         return
-    found = aot.run(aot.jobs(modules))
-    report.usages += found
-    report.failures += triton_failures(found, read_exclusions() if excluded is None else excluded)
     report.versions["triton"] = version("triton")
+    jobs, books = aot.jobs(modules), {module: lock.read(locks / f"{module}.json") for module in modules}
+    names = [""] * len(jobs)
+    for module in modules:
+        mine = [i for i, job in enumerate(jobs) if job.module == module]
+        for i, name in zip(mine, lock.names(jobs[i] for i in mine), strict=True):
+            names[i] = name
+    keys = {module: {n: j.key for n, j in zip(names, jobs, strict=True) if j.module == module} for module in modules}
+    due = {module: lock.due(keys[module], books[module], turn) for module in modules}
+    chosen = [i for i, job in enumerate(jobs) if names[i] in due[job.module]]
+    compiled = dict(zip(chosen, aot.run([jobs[i] for i in chosen]), strict=True))
+    found = [compiled[i] if i in compiled else _locked(job, names[i], books) for i, job in enumerate(jobs)]
+    for module in modules:
+        now = {names[i]: lock.figures(found[i]) for i, job in enumerate(jobs) if job.module == module}
+        path = locks / f"{module}.json"
+        if renew:
+            entries = {name: (keys[module][name], figures) for name, figures in now.items()}
+            lock.write(path, lock.Lock({"triton": report.versions["triton"]}, entries))
+        elif (other := books[module].versions.get("triton", report.versions["triton"])) != report.versions["triton"]:
+            report.skipped.append(f"{path.name}: locked by Triton {other}, all was compiled and nothing compared")
+        else:
+            report.failures += lock.problems(path.name, keys[module], now, books[module])
+    report.usages += found
+    report.compiled += len(compiled)
+    report.failures += triton_failures(found, read_exclusions() if excluded is None else excluded)
+
+
+def _locked(job: aot.Job, name: str, books: Mapping[str, lock.Lock]) -> Usage:
+    usage = Usage("triton", job.kernel, job.config, job.arch, job.variant, expects=job.expects)
+    return lock.filled(usage, books[job.module].entries[name][1])
 
 
 class Launched(NamedTuple):
@@ -196,19 +236,32 @@ def launched(usages: Sequence[Usage], plans: Mapping[str, Launched]) -> tuple[li
     return found, failures
 
 
-def cuda(report: Report, build: Path, plans: Mapping[str, Launched] | None = None) -> None:
-    """Reads what the build in ``build`` kept and adds it to the report; ``plans`` by default those of the library."""
+def cuda(
+    report: Report,
+    build: Path,
+    plans: Mapping[str, Launched] | None = None,
+    *,
+    locks: Path = lock.LOCKS,
+    renew: bool = False,
+) -> None:
+    """Reads what the build in ``build`` kept and adds it to the report; ``plans`` by default those of the library.
+
+    Of the library's sources the lock has the architectures that were not built, and must agree about those that were.
+    With ``renew`` it is written, from a build for all of them.
+    """
     logs = ptxas.logs(build)
     if not logs:
         nvcc = "nvcc is here; build first" if shutil.which("nvcc") else "nvcc is not here"
         report.skipped.append(f"CUDA C++: no kernels were compiled in {build} ({nvcc})")
         return
-    found = []
+    found, sources = [], {source.name: source for source in SOURCES.glob("*.cu")} if plans is None else {}
     for log in logs:
-        found += ptxas.usages(log.read_text(), log.with_suffix(""), aot.CACHE)
+        built = ptxas.usages(log.read_text(), log.with_suffix(""), aot.CACHE)
+        if source := sources.get(log.name.removesuffix(".o.log")):
+            built = _against_lock(report, source, built, locks, renew)
+        found += built
     # A build that stopped half-way has kept the reports of some sources.
-    wanted = {source.name for source in SOURCES.glob("*.cu")} if plans is None else set()
-    if absent := sorted(wanted - {log.name.removesuffix(".o.log") for log in logs}):
+    if absent := sorted(set(sources) - {log.name.removesuffix(".o.log") for log in logs}):
         report.failures.append(f"CUDA C++: {build} has no report on {', '.join(absent)}; build it to the end")
     found, failures = launched(found, launches() if plans is None else plans)
     report.failures += failures
@@ -219,9 +272,21 @@ def cuda(report: Report, build: Path, plans: Mapping[str, Launched] | None = Non
         report.skipped.append("CUDA C++: no cuobjdump, so nobody looked for matrix instructions and launch bounds")
     report.usages += found
     report.failures += cuda_failures(found)
-    if shutil.which("nvcc"):
-        text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False).stdout
-        report.versions["nvcc"] = next((line.split()[-1] for line in text.splitlines() if "release" in line), "unknown")
+    if nvcc := lock.nvcc_version():
+        report.versions["nvcc"] = nvcc
+
+
+def _against_lock(report: Report, source: Path, built: list[Usage], locks: Path, renew: bool) -> list[Usage]:
+    """What was built, and what the lock has beside it."""
+    if renew and {usage.arch for usage in built} == set(ARCHITECTURES):
+        lock.lock_cuda(source, built, locks)
+        return built
+    found, wrong, skipped = lock.with_locked(source, built, locks)
+    report.failures += wrong
+    report.skipped += skipped
+    if renew and wrong:
+        report.failures.append(f"{source.name} is not built for all architectures (make install), not locked")
+    return found
 
 
 def save(report: Report, folder: Path, excluded: Exclusions) -> list[Path]:

@@ -46,6 +46,23 @@ file(GLOB PYEFF_EMULATED CONFIGURE_DEPENDS csrc/cuda/*.cu)
 list(FILTER PYEFF_EMULATED EXCLUDE REGEX "/device\\.cu$")
 pyeff_add_emulated(pyeff_emulated_kernels ${PYEFF_EMULATED})
 
+# The names under which the sources of the kernels launch them, with spaces between: what a run of all tests must have
+# launched.
+function(pyeff_kernel_names result)
+  file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cuh)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${sources})
+  set(found)
+  foreach(source ${sources})
+    file(READ "${source}" text)
+    string(REGEX MATCHALL "run\\([ \n]*\"[A-Za-z0-9_]+\"" calls "${text}")
+    list(TRANSFORM calls REPLACE "run\\([ \n]*\"([A-Za-z0-9_]+)\"" "\\1")
+    list(APPEND found ${calls})
+  endforeach()
+  list(REMOVE_DUPLICATES found)
+  list(JOIN found " " found)
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
 # build/dev/pyeff_emulated.so: their registration with torch's dispatcher, for CPU tensors.
 file(GLOB PYEFF_EMULATED_OPS CONFIGURE_DEPENDS csrc/emulated/*.cpp)
 if(PYEFF_DEV AND PYEFF_TORCH AND PYEFF_EMULATED_OPS)

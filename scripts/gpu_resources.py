@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """What every GPU kernel takes of an SM, on every architecture, and whether it passes the gates. Needs no GPU.
 
-Triton's configurations are compiled here (once, then cached); CUDA C++ is read from what the build kept. Prints the
-table and writes it to build/resources/ as JSON and Markdown. Exit status 1 if a gate is not held.
+What was compiled before is locked in benchmarks/locks. Triton's configurations are compiled here: those that changed
+since, and one in eight of the others, to see that the lock is right. CUDA C++ is read from what the build kept, for the
+architectures that it was built for. Prints the table and writes it to build/resources/ as JSON and Markdown. Exit
+status 1 if a gate is not held, or if the lock does not agree.
 
     python scripts/gpu_resources.py             look
-    python scripts/gpu_resources.py --write     and write kernels/excluded.py, as the gates want it, and
-                                                benchmarks/resource_table.py, which the predictions rest on
+    python scripts/gpu_resources.py --all       compile all of Triton's configurations
+    python scripts/gpu_resources.py --write     and write the lock of what changed, kernels/excluded.py, as the gates
+                                                want it, and benchmarks/resource_table.py, which the predictions rest on
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import gates, resources  # noqa: E402
 from benchmarks.resources import Usage  # noqa: E402
+from scripts import turn  # noqa: E402
 
 
 def show(report: gates.Report, excluded: gates.Exclusions, every: bool) -> None:
@@ -58,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "release", help="where cmake built")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "resources", help="where the artefacts go")
-    parser.add_argument("--write", action="store_true", help="write the two committed tables")
+    parser.add_argument("--write", action="store_true", help="write the lock and the two committed tables")
+    parser.add_argument("--all", action="store_true", help="compile every Triton configuration, whatever the lock has")
     parser.add_argument("--every", action="store_true", help="print every configuration, not one a kernel")
     parser.add_argument("--only", choices=("triton", "cuda"), help="one backend alone")
     args = parser.parse_args(argv)
@@ -68,14 +73,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.write and args.only:
         parser.error("--write needs both backends")
     if args.only != "cuda":
-        gates.triton(report, excluded=excluded)
+        gates.triton(report, excluded=excluded, turn=None if args.all else turn.current(), renew=args.write)
         if args.write:
             wanted = gates.exclusions(report.usages)
             gates.write_exclusions(wanted)
             report.failures = gates.triton_failures(report.usages, wanted)
             excluded = wanted
     if args.only != "triton":
-        gates.cuda(report, args.build)
+        gates.cuda(report, args.build, renew=args.write)
     if args.write:
         gates.write_table(*gates.kept(report))
     show(report, excluded, args.every)
@@ -87,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     count = len({usage.name for usage in report.usages})
     archs = sorted({usage.arch for usage in report.usages})
     verdict = f"{len(report.failures)} failures" if report.failures else "all gates hold"
+    entries = sum(usage.backend == "triton" for usage in report.usages)
+    print(f"{report.compiled} of {entries} programs of Triton compiled now, the others as they are locked")
     print(f"{count} kernels and configurations on {len(archs)} architectures: {verdict}; {', '.join(map(str, files))}")
     return bool(report.failures)
 

@@ -11,7 +11,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from tests import helpers, places
+from scripts import turn
+from tests import helpers, places, shares
 
 try:
     import hypothesis
@@ -42,19 +43,31 @@ if hypothesis:
 NO_PARAMETERS = types.SimpleNamespace(params={})
 
 
+def parameters(item):
+    return getattr(item, "callspec", NO_PARAMETERS).params
+
+
+def grid(item):
+    """What the cases of a test at a place have in common; None for a test of something else than an operation."""
+    place = next((value for value in parameters(item).values() if isinstance(value, places.Place)), None)
+    return None if place is None and not places.backends.EMULATED else (item.nodeid.partition("[")[0], place)
+
+
 def pytest_configure(config):
     if problems := places.unmet():
         raise pytest.UsageError("PYEFF_TEST_REQUIRE is not met:\n" + "\n".join(problems))
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what does not apply at a test's place; thousands of skips would hide the others."""
+    """Leaves out what does not apply at a test's place (thousands of skips would hide the others), and in CI what is
+    another turn's."""
     dropped = [
         item for item in items
-        if places.does_not_apply(
-            getattr(item, "callspec", NO_PARAMETERS).params, item.get_closest_marker("emulated") is not None
-        )
+        if places.does_not_apply(parameters(item), item.get_closest_marker("emulated") is not None)
     ]  # fmt: skip
+    gone = set(dropped)
+    applying = [item for item in items if item not in gone]
+    dropped += shares.left_to_others(applying, grid, turn.asked(), places.backends.EMULATED)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         left = set(items) - set(dropped)
@@ -108,3 +121,14 @@ gpu_kernels = place_fixture([place for place in places.KERNELS if place.device =
 native = place_fixture([place for place in places.PLACES if not place.emulated])
 native_kernels = place_fixture([place for place in places.KERNELS if not place.emulated])
 native64 = place_fixture([place for place in places.PLACES if torch.float64 in place.dtypes and not place.emulated])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(request):
+    """No graph of another test: torch gives a function up that has been compiled too often, and tests share some."""
+    compiles = request.module.__name__.endswith(("_compile", "_transforms"))
+    if compiles:
+        torch._dynamo.reset()
+    yield
+    if compiles:
+        torch._dynamo.reset()

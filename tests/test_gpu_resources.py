@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import aot, gates, gpus, ptxas, resource_table, resources
 from benchmarks.resources import Usage
-from scripts import gpu_resources
+from scripts import gpu_resources, turn
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "release"
@@ -257,8 +257,8 @@ def test_what_was_compiled_is_kept_and_a_change_is_seen(planted, tmp_path):
 def test_a_compiler_that_dies_is_a_finding(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     (tmp_path / "dying_kernels.py").write_text(
-        "import os\n\nfrom benchmarks.aot import Case\nfrom tests import planted_kernels\n\n\nclass Dies:\n"
-        "    __name__ = property(lambda self: os.abort())\n\n\ndef aot_cases():\n"
+        "import os, sys\n\nfrom benchmarks.aot import Case\nfrom tests import planted_kernels\n\n\nclass Dies:\n"
+        "    __name__ = property(lambda self: os.abort() if 'serve' in sys.argv else 'dies')\n\n\ndef aot_cases():\n"
         "    yield Case('dies/1', 80, Dies(), {}, {}, {}, {}, False)\n    yield from planted_kernels.aot_cases()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -271,7 +271,7 @@ def test_a_compiler_that_dies_is_a_finding(tmp_path, monkeypatch):
 def triton_report():
     pytest.importorskip("triton")
     report = gates.Report()
-    gates.triton(report)
+    gates.triton(report, turn=turn.current())
     return report
 
 
@@ -355,7 +355,7 @@ def test_planted_cuda_kernels_fail_their_gate_and_the_good_one_none(tmp_path):
 
 
 def test_the_script_prints_the_skips_and_fails_with_a_gate(tmp_path, capsys, monkeypatch):
-    def compiled(report, excluded):
+    def compiled(report, excluded, **_):
         report.usages = [dataclasses.replace(GOOD, backend="triton", spill_stores=4)]
         report.failures = gates.triton_failures(report.usages, excluded)
 

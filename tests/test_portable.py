@@ -63,27 +63,22 @@ def nvcc() -> str:
     return path or pytest.skip("nvcc is not here")
 
 
-def compile_to(kind: str, arch: str, into: Path) -> str:
-    """Compiles the source; what nvcc and ptxas say."""
-    command = [nvcc(), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", f"-arch=sm_{arch}", f"-{kind}"]
-    done = subprocess.run([*command, str(SOURCE), "-o", str(into)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("arch", EXPECTED)
-def test_every_primitive_is_its_instruction(arch, tmp_path):
-    compile_to("ptx", arch, tmp_path / "all.ptx")
-    ptx = (tmp_path / "all.ptx").read_text()
+def test_every_primitive_is_its_instruction_and_assembles_without_spills(arch, tmp_path):
+    # Once for both: --keep leaves the PTX that the cubin is made of.
+    command = [nvcc(), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", f"-arch=sm_{arch}", "-cubin"]
+    command += ["--keep", "--keep-dir", str(tmp_path), str(SOURCE), "-o", str(tmp_path / "all.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+
+    (kept,) = tmp_path.glob("*.ptx")
+    ptx = kept.read_text()
     assert [name for name in EXPECTED[arch] if not re.search(name, ptx)] == []
     # Not where the hardware would not have them.
     assert ("wgmma.mma_async" in ptx) == (arch == "90a")
     assert ("mapa." in ptx) == (arch != "80")
 
-
-@pytest.mark.parametrize("arch", EXPECTED)
-def test_it_assembles_without_spills(arch, tmp_path):
-    said = compile_to("cubin", arch, tmp_path / "all.cubin")
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     # use_basics and seven widths of use_wgmma, for both types, and use_cluster.
     assert len(spilled) == 17

@@ -32,11 +32,18 @@ PROMISED = {
     "pyeff": ("Ticket", "backend", "info", "nn", "ops", "recipes", "reference"),
     "pyeff.ops": ("read_recurrence", "read_step", "ticket_linear"),
     "pyeff.reference": ("read_recurrence", "read_step", "ticket_linear"),
-    "pyeff.nn": ("ReadAdapter", "TicketLinear"),
-    "pyeff.recipes": ("read", "ticket"),
+    "pyeff.nn": (
+        "ReadAdapter", "TicketLinear", "MultimaskStudent", "ConvDecoder1d", "ConvDecoder2d", "EMATeacher", "LayerStack",
+        "MultimaskLoss", "MultimaskTargets", "TargetRecorder", "CollapseWatch", "RelativeBias",
+    ),
+    "pyeff.recipes": ("read", "ticket", "multimask"),
     "pyeff.recipes.read": ("attach",),
     "pyeff.recipes.ticket": ("prune", "project", "regroup", "sparsify", "fuse_qkv", "save", "load"),
-}
+    "pyeff.recipes.multimask": (
+        "Pretrainer", "apply_masks", "repeat_interleave_batch", "ijepa_loss", "vjepa_loss", "mae_loss",
+        "mae_decoder_input", "ibot_loss",
+    ),
+}  # fmt: skip
 
 
 def read_example():

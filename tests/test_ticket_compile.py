@@ -16,13 +16,6 @@ OPERATION = "ticket_linear"
 activations = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled(function, backend="aot_eager", **options):
     return torch.compile(function, backend=backend, fullgraph=True, **options)
 

@@ -37,8 +37,8 @@ Isa choose() {
 const char* isa_name(int isa) { return kNames[isa]; }
 
 unsigned isa_built() {
-  return 1u << kPortable PYEFF_IF_AVX2(| 1u << kAvx2) PYEFF_IF_AVX512(| 1u << kAvx512)
-             PYEFF_IF_AVX512BF16(| 1u << kAvx512Bf16);
+  return 0u PYEFF_IF_PORTABLE(| 1u << kPortable) PYEFF_IF_AVX2(| 1u << kAvx2) PYEFF_IF_AVX512(| 1u << kAvx512)
+      PYEFF_IF_AVX512BF16(| 1u << kAvx512Bf16);
 }
 
 // Each line asks for all that the flags of its set allow the compiler to use. The builtin also asks whether the

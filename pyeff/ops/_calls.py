@@ -62,3 +62,9 @@ def transform_of(tensors: list[Tensor | None]) -> str:
     # There is one level, 0: nested ones are those of torch.func.
     dual = any(t.is_floating_point() and forward_ad.unpack_dual(t, level=0).tangent is not None for t in given)
     return "forward-mode differentiation" if dual else ""
+
+
+def refuse_tangents(op: str, backend: str, tensors: list[Tensor | None]) -> None:
+    """A graph compiled for tensors without tangents calls the kernels with whatever it is given later."""
+    if transform := transform_of(tensors):
+        raise RuntimeError(f"{op}: {transform} is not supported by the {backend} kernels")

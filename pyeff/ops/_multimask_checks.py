@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyeff.ops._calls import transform_of
+from pyeff.ops._calls import check_tensor
 from pyeff.plans import MaskPlan
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,12 +49,19 @@ def checked_seed(op: str, seed: object, device: torch.device) -> Tensor:
             raise ValueError(
                 f"{op}: seed is {seed.dtype} {list(seed.shape)} on {seed.device}, expected one int64 on {device}"
             )
-        return seed
+        return seed.reshape(())
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         raise ValueError(f"{op}: seed is a {type(seed).__name__}, expected an integer or an int64 tensor")
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed is {seed}, expected an integer of 64 bits")
     return torch.full((), seed, dtype=torch.int64, device=device)  # type: ignore[arg-type]
+
+
+def check_seed(op: str, seed: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless this is one int64 on the device of ``like``."""
+    if seed.numel() != 1:
+        raise ValueError(f"{op}: seed has shape {list(seed.shape)}, expected one number")
+    check_tensor(op, "seed", seed, tuple(seed.shape), like, torch.int64, "a seed is")
 
 
 def check_sample_ids(op: str, sample_ids: object, batch: int, like: Tensor) -> None:
@@ -73,9 +80,3 @@ def check_sample_ids(op: str, sample_ids: object, batch: int, like: Tensor) -> N
             else f"a {type(sample_ids).__name__}"
         )
         raise ValueError(f"{op}: sample_ids is {what}, expected int64 [{batch}] on {like.device}")
-
-
-def refuse_tangents(op: str, backend: str, tensors: list[Tensor | None]) -> None:
-    """A graph compiled for tensors without tangents calls the kernels with whatever it is given later."""
-    if transform := transform_of(tensors):
-        raise RuntimeError(f"{op}: {transform} is not supported by the {backend} kernels")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from pyeff import backends
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
 from pyeff.ops._calls import check_tensor
-from pyeff.ops._multimask_checks import check_sample_ids, checked_seed
+from pyeff.ops._multimask_checks import check_sample_ids, check_seed, checked_seed
 from pyeff.plans import MaskPlan
 from pyeff.plans.mask import _positions, checked_lengths
 from pyeff.reference.block_mask import draw, share
@@ -85,7 +84,7 @@ def block_mask(
     if len(sizes) not in (1, 2):
         raise ValueError(f"{op}: shape is {shape!r}, expected (T,) or (H, W)")
     for name, n in (*numbers.items(), *(("shape", n) for n in sizes)):
-        if isinstance(n, bool) or not hasattr(n, "__index__") or operator.index(n) < 1:
+        if not _is_integer(n) or n < 1:
             raise ValueError(f"{op}: {name} is {n!r}, expected integers of at least 1")
     for name, value, limit in (("keep", keep, 1.0), ("adjust", adjust, float("inf"))):
         if not isinstance(value, (int, float)) or not (0 <= value <= limit if name == "keep" else abs(value) < limit):
@@ -99,12 +98,20 @@ def block_mask(
         device = next((t.device for t in (lengths, sample_ids, seed) if isinstance(t, Tensor)), "cpu")
     device = _indexed(torch.device(device))
     lengths = checked_lengths(op, lengths, B, tokens, device)
+    check_sample_ids(op, sample_ids, B, lengths)
     ids_keep, keep_len, kept_slot = torch.ops.pyeff.block_mask(
         checked_seed(op, seed, device), sample_ids, lengths, M, tokens, sizes[1] if len(sizes) == 2 else 0,
         float(keep), share(keep, adjust, length, inverse, len(sizes)), length, bool(inverse),
-        max(int(tokens * keep), 1), backend=backends.current(),
+        torch.sym_max(torch.sym_int(tokens * keep), 1), backend=backends.current(),
     )  # fmt: skip
     return MaskPlan(ids_keep, keep_len, kept_slot, lengths)
+
+
+def _is_integer(n: object) -> bool:
+    """Numbers of a tracer among them, which must not be asked for their value."""
+    if isinstance(n, (int, torch.SymInt)):
+        return not isinstance(n, bool)
+    return hasattr(n, "__index__")
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -118,7 +125,7 @@ def _block_mask(
     op = "block_mask"
     batch = lengths.numel()
     check_tensor(op, "lengths", lengths, (batch,), lengths, torch.int32, "lengths are")
-    check_tensor(op, "seed", seed, tuple(seed.shape), lengths, torch.int64, "a seed is")
+    check_seed(op, seed, lengths)
     check_sample_ids(op, sample_ids, batch, lengths)
     if min(batch, masks, tokens, length, slots) < 1 or grid_width < 0 or (grid_width and tokens % grid_width):
         raise ValueError(f"{op}: sizes {(batch, masks, tokens, grid_width, length, slots)} do not fit each other")

@@ -53,15 +53,17 @@ def ema_update_(
     """
     op = "ema_update_"
     ema, params, copies = list(ema), list(params), None if copies is None else list(copies)
-    _check(op, ema, params, copies or [], copies is not None)
+    for name, given in (("params", params), *([("copies", copies)] if copies is not None else [])):
+        if len(given) != len(ema):
+            raise ValueError(f"{op}: {name} has {len(given)} tensors, expected {len(ema)} as ema")
+    for name, given in (("ema", ema), ("params", params), ("copies", copies or [])):
+        for i, t in enumerate(given):
+            if not isinstance(t, Tensor):
+                raise ValueError(f"{op}: {name}[{i}] is a {type(t).__name__}, expected a tensor")
     if not ema:
         return
     if isinstance(decay, Tensor):
-        if decay.dtype != torch.float64 or decay.numel() != 1 or decay.device != ema[0].device:
-            raise ValueError(
-                f"{op}: decay is {decay.dtype} {list(decay.shape)} on {decay.device}, expected a number, or one "
-                f"float64 on {ema[0].device}"
-            )
+        _check_decay(op, decay, ema[0].device)
     elif isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
         raise ValueError(f"{op}: decay is {decay!r}, expected a number from 0 to 1")
     else:
@@ -69,21 +71,30 @@ def ema_update_(
     torch.ops.pyeff.ema_update_(ema, params, decay, copies or [], backend=backends.current())
 
 
-def _check(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor], wanted: bool) -> None:
-    for name, given in (("params", params), *([("copies", copies)] if wanted else [])):
-        if len(given) != len(ema):
-            raise ValueError(f"{op}: {name} has {len(given)} tensors, expected {len(ema)} as ema")
-    for i, average in enumerate(ema):
-        others = {f"params[{i}]": params[i]} | ({f"copies[{i}]": copies[i]} if copies else {})
-        check_floating(op, **{f"ema[{i}]": average}, **others)
-        for name, t in {f"ema[{i}]": average, **others}.items():
-            if t.shape != average.shape or t.device != ema[0].device or t.layout != torch.strided:
+def _check_decay(op: str, decay: Tensor, device: torch.device) -> None:
+    if decay.dtype != torch.float64 or decay.numel() != 1 or decay.device != device:
+        raise ValueError(
+            f"{op}: decay is {decay.dtype} {list(decay.shape)} on {decay.device}, expected a number, or one float64 on "
+            f"{device}"
+        )
+
+
+def _check(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> None:
+    """Everything that can be wrong, before anything is written."""
+    if len(params) != len(ema) or len(copies) not in (0, len(ema)):
+        raise ValueError(f"{op}: params has {len(params)} tensors and copies {len(copies)}, expected {len(ema)} as ema")
+    device = ema[0].device
+    for name, given in (("ema", ema), ("params", params), ("copies", copies)):
+        for i, (t, average) in enumerate(zip(given, ema, strict=False)):
+            if t.shape != average.shape or t.device != device or t.layout != torch.strided:
                 raise ValueError(
-                    f"{op}: {name} is {t.layout} {list(t.shape)} on {t.device}, expected a dense tensor "
-                    f"{list(average.shape)} on {ema[0].device}"
+                    f"{op}: {name}[{i}] is {t.layout} {list(t.shape)} on {t.device}, expected a dense tensor "
+                    f"{list(average.shape)} on {device}"
                 )
-            if not name.startswith("params") and not t.is_contiguous():
-                raise ValueError(f"{op}: {name} is not contiguous, expected a contiguous tensor, since it is written")
+            if t.dtype not in DTYPES:
+                check_floating(op, **{f"{name}[{i}]": t})
+            if name != "params" and not t.is_contiguous():
+                raise ValueError(f"{op}: {name}[{i}] is not contiguous, expected a contiguous tensor: it is written")
     _check_apart(op, ema, params, copies)
 
 
@@ -110,13 +121,13 @@ def _ema(ema, params, decay, copies, *, backend=""):
     op = "ema_update_"
     if not ema:
         return
-    _check(op, list(ema), list(params), list(copies), bool(copies))
+    _check(op, ema, params, copies)
+    _check_decay(op, decay, ema[0].device)
     with torch.no_grad():
         ema, params, copies = ([t.detach() for t in given] for given in (ema, params, copies))
-        # The kernels know what they know of each; one tensor of another dtype is for the reference.
-        order = sorted((*ema, *params, *copies), key=lambda t: DTYPES.index(t.dtype))
-        like = next((t for t in order if t.dtype in (torch.float16, torch.float64)), ema[0])
-        chosen = kernels.choose(op, like, 0, backend, "")
+        # One tensor of a dtype that the kernels do not know, and all are for the reference.
+        likes = {t.dtype: t for t in (*ema, *params, *copies)}.values()
+        chosen = min((kernels.choose(op, t, 0, backend, "") for t in likes), key=lambda name: name != "reference")
         if chosen == "reference":
             reference.ema_update_(ema, params, decay, copies=copies or None)
         else:
@@ -125,6 +136,8 @@ def _ema(ema, params, decay, copies, *, backend=""):
 
 def _kernels(ema, params, decay, copies, backend):
     kernels.call(backend, "ema_update", ema, [t.contiguous() for t in params], decay, copies)
+    # Autograd is to notice the change; torch does this for its own ops alone.
+    torch.autograd.graph.increment_version((*ema, *copies))
 
 
 _register.composite(_lib, "ema_update_", _ema)

@@ -13,8 +13,8 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, transform_of
-from pyeff.ops._multimask_checks import check_floating, check_plan, check_sample_ids, checked_seed, refuse_tangents
+from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
+from pyeff.ops._multimask_checks import check_floating, check_plan, check_sample_ids, check_seed, checked_seed
 from pyeff.plans import MaskPlan
 
 _lib = torch.library.Library("pyeff", "FRAGMENT")
@@ -192,6 +192,7 @@ def multimask_scatter(
                     f"[{plan.tokens}, {x.shape[-1]}] or [{plan.batch}, {plan.tokens}, {x.shape[-1]}]"
                 )
             fill = fill.expand(1, plan.tokens, x.shape[-1])
+    check_sample_ids(op, sample_ids, plan.batch, x)
     return torch.ops.pyeff.multimask_scatter(
         x, plan.ids_keep, plan.keep_len, plan.inverse, plan.lengths, checked_seed(op, seed, x.device), fill,
         noise_std=float(noise_std), sample_ids=sample_ids, backend=backends.current(),
@@ -218,7 +219,7 @@ def _scatter(
         raise ValueError(f"{op}: noise_std is {noise_std}, expected a finite number of at least 0")
     if tokens * -(-x.shape[-1] // 4) >= 2**32:
         raise ValueError(f"{op}: x has shape {list(x.shape)} for {tokens} tokens, expected T * D below 2^34")
-    check_tensor(op, "seed", seed, tuple(seed.shape), x, torch.int64, "a seed is")
+    check_seed(op, seed, x)
     check_sample_ids(op, sample_ids, batch, x)
     chosen = kernels.choose(op, x, x.shape[-1], backend, transform_of([x, fill]))
     if chosen == "reference":
@@ -234,7 +235,8 @@ def _scatter_kernels(x, ids_keep, keep_len, inverse, lengths, fill, seed, sample
     if out.numel() > 0:
         kernels.call(
             backend, "scatter", kernels.rows(x), inverse.contiguous(), lengths.contiguous(),
-            fill if fill is None else kernels.rows(fill), seed, sample_ids, noise_std, out,
+            fill if fill is None else kernels.rows(fill), seed,
+            sample_ids if sample_ids is None else sample_ids.contiguous(), noise_std, out,
         )  # fmt: skip
     return out
 

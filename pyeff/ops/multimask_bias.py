@@ -8,8 +8,8 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, transform_of
-from pyeff.ops._multimask_checks import DTYPES, check_floating, check_plan, refuse_tangents
+from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
+from pyeff.ops._multimask_checks import DTYPES, check_floating, check_plan
 from pyeff.plans import MaskPlan
 from pyeff.reference.multimask import wide
 

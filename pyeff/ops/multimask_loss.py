@@ -13,8 +13,8 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, transform_of
-from pyeff.ops._multimask_checks import check_floating, check_option, check_plan, refuse_tangents
+from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
+from pyeff.ops._multimask_checks import check_floating, check_option, check_plan
 from pyeff.plans import MaskPlan
 from pyeff.reference.multimask import KINDS, REDUCTIONS, wide
 
@@ -208,14 +208,14 @@ def _derivative(ctx, grad, *unused):
         return nothing
     pred, target, inverse, lengths, count, dpred = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
-    # Traced, there is no number to look at.
-    if dpred is not None and type(grad) is Tensor and not torch.is_grad_enabled():
-        if grad.device.type == "cpu":
-            if grad.item() == 1:
-                return (dpred, *nothing[1:])
-        elif not torch._C._autograd._get_current_graph_task_keep_graph():
-            # Nobody will ask for it again. The factor is read on the device; where it is one, nothing is written.
+    # Traced, there is no number to look at; and what is given away here may be changed, which nobody may ask for again.
+    plain = type(grad) is Tensor and not torch.is_grad_enabled()
+    if dpred is not None and plain and not torch._C._autograd._get_current_graph_task_keep_graph():
+        if grad.device.type != "cpu":
+            # The factor is read on the device; where it is one, nothing is written.
             torch.ops.pyeff.multimask_rescale_(dpred, grad, ctx.backend)
+            return (dpred, *nothing[1:])
+        if grad.item() == 1:
             return (dpred, *nothing[1:])
     dpred, dtarget = torch.ops.pyeff.multimask_loss_backward(
         grad, pred, target, inverse, lengths, count, *ctx.options, needs, ctx.backend
@@ -241,6 +241,7 @@ def _backward_fake(grad, pred, target, inverse, lengths, count, kind, beta, scal
 def _rescale(t, factor, backend):
     if t.numel() > 0:
         kernels.call(backend, "rescale", t, factor)
+        torch.autograd.graph.increment_version(t)
 
 
 _register.composite(_lib, "multimask_loss", _loss)

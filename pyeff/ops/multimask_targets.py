@@ -14,8 +14,8 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, transform_of
-from pyeff.ops._multimask_checks import check_eps, check_floating, check_option, refuse_tangents
+from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
+from pyeff.ops._multimask_checks import check_eps, check_floating, check_option
 from pyeff.plans.mask import checked_lengths
 from pyeff.reference.multimask import NORMS, wide
 
@@ -208,6 +208,8 @@ def _accumulate(total, layer, lengths, *, weight, norm="instance", eps=1e-5, bac
     check_tensor(op, "total", total, tuple(layer.shape), layer, wide(layer.dtype), "a sum of such layers is")
     if not total.is_contiguous() or total.requires_grad:
         raise ValueError(f"{op}: total is not contiguous or requires a gradient, expected a contiguous buffer")
+    if _overlap(total, layer):
+        raise ValueError(f"{op}: total shares memory with layer, expected tensors that do not overlap")
     if not abs(weight) < float("inf"):
         raise ValueError(f"{op}: weight is {weight}, expected a finite number")
     with torch.no_grad():
@@ -219,10 +221,26 @@ def _accumulate(total, layer, lengths, *, weight, norm="instance", eps=1e-5, bac
             torch.ops.pyeff.multimask_accumulate_kernels(total, layer, lengths, weight, norm, eps, chosen)
 
 
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share elements; not known of a tracer's."""
+    if torch.compiler.is_compiling() or type(a) is not Tensor or a.numel() == 0 or b.numel() == 0:
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    ends = [t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
+    # In bytes: the same storage may be seen in two dtypes.
+    (a0, a1), (b0, b1) = (
+        (t.storage_offset() * t.element_size(), (end + 1) * t.element_size())
+        for t, end in zip((a, b), ends, strict=True)
+    )
+    return a0 < b1 and b0 < a1
+
+
 def _accumulate_kernels(total, layer, lengths, weight, norm, eps, backend):
     if total.numel() > 0:
         layers, norms = [kernels.rows(layer)], (NORMS.index(norm), 0)
         kernels.call(backend, "targets", layers, lengths.contiguous(), *norms, eps, weight, True, total)
+        torch.autograd.graph.increment_version(total)
 
 
 _register.composite(_lib, "multimask_accumulate_", _accumulate)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pyeff import backends, reference
 from pyeff.ops import _read_kernels as kernels
-from pyeff.ops._calls import autocast_dtype, cast, check_tensor, transform_of
+from pyeff.ops import _register
+from pyeff.ops._calls import autocast_dtype, cast, check_tensor, refuse_tangents, transform_of
 from pyeff.ops._read_kernels import SAVE_GATES, SAVE_NOTHING, SAVE_STATES
 from pyeff.reference.read import GATES, check_layers, check_options, split_state
 
@@ -286,16 +287,9 @@ def _step(
     return state if cell == "lstm" else (state, state.new_empty(0))
 
 
-_lib.impl("read_recurrence", _recurrence, "CompositeImplicitAutograd")
-_lib.impl("read_step", _step, "CompositeImplicitAutograd")
-# vmap decomposes no op of Python's by itself.
-_lib.impl("read_recurrence", _recurrence, "FuncTorchBatched")
-_lib.impl("read_step", _step, "FuncTorchBatched")
-
-
 def _forward(phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0, cell, norm, eps, reduce, save, backend):
     rest = (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0)
-    _refuse_tangents(backend, [*rest, *phi])
+    refuse_tangents("read_recurrence", backend, [*rest, *phi])
     outputs = kernels.empty_forward(phi, w_ih, w_hh, cell, norm, save)
     if outputs[0].numel() > 0:
         kernels.forward(backend, phi, rest, (cell, norm, eps, reduce), outputs)
@@ -307,19 +301,13 @@ def _backward_kernels(
     cell, norm, eps, reduce, needs_phi, needs, backend,
 ):  # fmt: skip
     rest = (w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0)
-    _refuse_tangents(backend, [*rest, *phi, grad_out, grad_c])
+    refuse_tangents("read_recurrence", backend, [*rest, *phi, grad_out, grad_c])
     outputs = kernels.empty_backward(phi, w_ih, w_hh, needs_phi, needs)
     if phi[0].numel() == 0 or (grad_out is None and grad_c is None):
         return tuple(t.zero_() for t in outputs)
     saved = (h, c, gates, stats)
     kernels.backward(backend, (grad_out, grad_c), phi, rest, saved, (cell, norm, eps, reduce), needs_phi, outputs)
     return outputs
-
-
-def _refuse_tangents(backend: str, tensors: list[Tensor | None]) -> None:
-    """A graph compiled for tensors without tangents calls the kernels with whatever it is given later."""
-    if transform := transform_of(tensors):
-        raise RuntimeError(f"read_recurrence: {transform} is not supported by the {backend} kernels")
 
 
 def _forward_fake(
@@ -363,14 +351,8 @@ def _backward(ctx, grad_out, grad_c, *unused):
     )
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("read_recurrence: double backward is not supported (create_graph=True); use backend 'reference'")
-
-
-for _device in ("CPU", "CUDA"):
-    _lib.impl("read_forward", _forward, _device)
-    _lib.impl("read_backward", _backward_kernels, _device)
-torch.library.register_fake("pyeff::read_forward", _forward_fake, lib=_lib)
-torch.library.register_fake("pyeff::read_backward", _backward_fake, lib=_lib)
-torch.library.register_autograd("pyeff::read_forward", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd("pyeff::read_backward", _no_double_backward, lib=_lib)
+_register.composite(_lib, "read_recurrence", _recurrence)
+_register.composite(_lib, "read_step", _step)
+_register.kernels(_lib, "read_forward", _forward, _forward_fake, _backward, _setup_context)
+_register.kernels(_lib, "read_backward", _backward_kernels, _backward_fake)
+_register.no_double_backward(_lib, "read_backward", "read_recurrence")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyeff import backends, reference
+from pyeff.ops import _register
 from pyeff.ops import _ticket_kernels as kernels
-from pyeff.ops._calls import autocast_dtype, cast, check_tensor, transform_of
+from pyeff.ops._calls import autocast_dtype, cast, check_tensor, refuse_tangents, transform_of
 from pyeff.plans import Ticket
 from pyeff.reference.ticket import check_activation
 
@@ -128,19 +129,8 @@ def _linear(x, values, index, out_features, bias=None, *, activation=None, backe
     return torch.ops.pyeff.ticket_forward(x, values, index, out_features, bias, activation, keep, chosen)[0]
 
 
-_lib.impl("ticket_linear", _linear, "CompositeImplicitAutograd")
-# vmap decomposes no op of Python's by itself.
-_lib.impl("ticket_linear", _linear, "FuncTorchBatched")
-
-
-def _refuse_tangents(backend: str, tensors: list[Tensor | None]) -> None:
-    """A graph compiled for tensors without tangents calls the kernels with whatever it is given later."""
-    if transform := transform_of(tensors):
-        raise RuntimeError(f"ticket_linear: {transform} is not supported by the {backend} kernels")
-
-
 def _forward(x, values, index, out_features, bias, activation, keep, backend):
-    _refuse_tangents(backend, [values, x, bias])
+    refuse_tangents("ticket_linear", backend, [values, x, bias])
     outputs = kernels.empty_forward(x, values, out_features, keep)
     if outputs[0].numel() > 0:
         kernels.forward(backend, x, values, index, bias, activation, outputs)
@@ -148,7 +138,7 @@ def _forward(x, values, index, out_features, bias, activation, keep, backend):
 
 
 def _backward_kernels(grad, x, values, index, saved, bias, activation, needs, backend):
-    _refuse_tangents(backend, [values, x, grad])
+    refuse_tangents("ticket_linear", backend, [values, x, grad])
     outputs = kernels.empty_backward(grad, x, values, bias, needs)
     if x.numel() == 0:
         return tuple(t.zero_() for t in outputs)
@@ -188,14 +178,7 @@ def _backward(ctx, grad, unused):
     return dx, dvalues, None, None, dbias, None, None, None
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("ticket_linear: double backward is not supported (create_graph=True); use backend 'reference'")
-
-
-for _device in ("CPU", "CUDA"):
-    _lib.impl("ticket_forward", _forward, _device)
-    _lib.impl("ticket_backward", _backward_kernels, _device)
-torch.library.register_fake("pyeff::ticket_forward", _forward_fake, lib=_lib)
-torch.library.register_fake("pyeff::ticket_backward", _backward_fake, lib=_lib)
-torch.library.register_autograd("pyeff::ticket_forward", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd("pyeff::ticket_backward", _no_double_backward, lib=_lib)
+_register.composite(_lib, "ticket_linear", _linear)
+_register.kernels(_lib, "ticket_forward", _forward, _forward_fake, _backward, _setup_context)
+_register.kernels(_lib, "ticket_backward", _backward_kernels, _backward_fake)
+_register.no_double_backward(_lib, "ticket_backward", "ticket_linear")

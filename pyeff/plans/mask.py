@@ -107,19 +107,26 @@ class MaskPlan:
         if isinstance(tokens, bool) or operator.index(tokens) < 1:
             raise ValueError(f"MaskPlan.from_ids: tokens is {tokens!r}, expected at least 1")
         batch, masks, width = ids.shape
-        if keep_len is not None and (tuple(keep_len.shape) != (batch, masks) or keep_len.dtype not in kinds):
+        if keep_len is not None and (
+            not isinstance(keep_len, Tensor)
+            or tuple(keep_len.shape) != (batch, masks)
+            or keep_len.dtype not in kinds
+            or keep_len.device != ids.device
+        ):
             raise ValueError(
-                f"MaskPlan.from_ids: keep_len is {_describe(keep_len)}, expected integers {[batch, masks]}"
+                f"MaskPlan.from_ids: keep_len is {_describe(keep_len)}, expected integers {[batch, masks]} on "
+                f"{ids.device}"
             )
         lengths = checked_lengths("MaskPlan.from_ids", lengths, batch, tokens, ids.device)
         rows, slot = ids.reshape(-1, width).long(), torch.arange(width, device=ids.device)
-        counts = slot < (width if keep_len is None else keep_len.reshape(-1, 1))
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        counts = (slot < (width if keep_len is None else keep_len.reshape(-1, 1))).expand_as(rows)
+        if type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling():
             given = rows.masked_fill(~counts, -1).sort(1).values
             twice = (given[:, 1:] == given[:, :-1]) & (given[:, 1:] >= 0)
             if bool(((rows < 0) | (rows >= tokens))[counts].any()) or bool(twice.any()):
                 raise ValueError(f"MaskPlan.from_ids: ids are not each one of 0 to {tokens - 1}, at most once in a row")
-        # One place more, for what does not count.
+        # One place more, for what does not count; on a GPU also for tokens that are not there.
+        counts = counts & (rows >= 0) & (rows < tokens)
         kept = torch.zeros(len(rows), tokens + 1, dtype=torch.bool, device=ids.device)
         kept = kept.scatter(1, torch.where(counts, rows, tokens), True)[:, :tokens]
         kept = kept & (torch.arange(tokens, device=ids.device) < lengths.repeat_interleave(masks)[:, None])

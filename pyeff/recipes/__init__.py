@@ -1,7 +1,7 @@
 """The workflows: an operation put to work on a real model.
 
-``from pyeff.recipes import read, ticket``. Each recipe loads on first use, and imports transformers and safetensors
-only where it needs them.
+``from pyeff.recipes import multimask, read, ticket``. Each recipe loads on first use, and imports transformers and
+safetensors only where it needs them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyeff.recipes import read, ticket
+    from pyeff.recipes import multimask, read, ticket
 
-__all__ = ["read", "ticket"]
+__all__ = ["multimask", "read", "ticket"]
 
 
 def __getattr__(name: str):

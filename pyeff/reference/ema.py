@@ -28,7 +28,7 @@ def ema_update_(
         for i, (average, parameter) in enumerate(zip(ema, params, strict=True)):
             dtype = torch.promote_types(average.dtype, torch.float32)
             # Of a number close to one: what is left of it in single precision would be wrong in its third digit.
-            keep = torch.as_tensor(decay, dtype=torch.float64, device=average.device)
+            keep = torch.as_tensor(decay, dtype=torch.float64, device=average.device).reshape(())
             mixed = keep.to(dtype) * average.to(dtype) + (1 - keep).to(dtype) * parameter.to(dtype)
             average.copy_(mixed)
             if copies is not None:

@@ -44,6 +44,8 @@ def gather(x: Tensor, ids_keep: Tensor, keep_len: Tensor) -> Tensor:
     rows, width = ids_keep.shape
     sample = torch.arange(rows, device=x.device) // (rows // x.shape[0])
     slots = torch.arange(width, device=x.device) < keep_len[:, None]
+    if x.shape[1] == 0:  # nothing is kept, but slots point somewhere
+        x = torch.nn.functional.pad(x, (0, 0, 0, 1))
     return torch.where(slots[..., None], x[sample[:, None], ids_keep.long()], 0)
 
 
@@ -156,7 +158,7 @@ def normalised(y: Tensor, lengths: Tensor, norm: str, eps: float) -> Tensor:
     count = valid.sum(over, keepdim=True).clamp(min=1)
     # The mean first and squares of what is left: a large mean would drown them otherwise.
     centred = torch.where(valid, y - y.sum(over, keepdim=True) / count, 0)
-    return centred * torch.rsqrt(centred.square().sum(over, keepdim=True) / count + eps)
+    return torch.where(valid, centred * torch.rsqrt(centred.square().sum(over, keepdim=True) / count + eps), 0)
 
 
 def multimask_loss(
@@ -179,7 +181,7 @@ def multimask_loss(
         >>> pyeff.reference.multimask_loss(pred, target, plan, scale=1.0).item()
         8.0
     """
-    scale = pred.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(pred.shape[-1], 1) ** -0.5 if scale is None else scale
     out = loss(pred, target, plan.inverse, plan.lengths, kind, beta, scale, reduction)
     if not statistics:
         return out
@@ -191,7 +193,7 @@ def _hidden(inverse: Tensor, lengths: Tensor) -> Tensor:
     """[B, M, T, 1] bool."""
     tokens, batch = inverse.shape[1], lengths.shape[0]
     at = torch.arange(tokens, device=inverse.device)
-    return ((inverse.view(batch, -1, tokens) < 0) & (at < lengths[:, None, None]))[..., None]
+    return ((inverse.view(batch, inverse.shape[0] // batch, tokens) < 0) & (at < lengths[:, None, None]))[..., None]
 
 
 def loss(
@@ -199,7 +201,7 @@ def loss(
 ) -> Tensor:
     hidden, dtype = _hidden(inverse, lengths), wide(pred.dtype)
     batch, masks, tokens, _ = hidden.shape
-    x = torch.where(hidden, pred.view(batch, masks, tokens, -1).to(dtype), 0)
+    x = torch.where(hidden, pred.view(batch, masks, tokens, pred.shape[-1]).to(dtype), 0)
     y = torch.where(hidden, target[:, None].to(dtype), 0)
     if kind == "cosine":
         dot, xx, yy = ((a * b).sum(-1) for a, b in ((x, y), (x, x), (y, y)))
@@ -226,7 +228,7 @@ def moments(pred: Tensor, target: Tensor, inverse: Tensor, lengths: Tensor) -> T
     hidden = _hidden(inverse, lengths)
     batch, masks, tokens, _ = hidden.shape
     y = torch.where(hidden, target[:, None].double(), 0)
-    x = torch.where(hidden, pred.view(batch, masks, tokens, -1).double(), 0)
+    x = torch.where(hidden, pred.view(batch, masks, tokens, pred.shape[-1]).double(), 0)
     sums = [t.sum((0, 1, 2)) for t in (y, y.square(), x, x.square())]
     return torch.cat([hidden.sum().double()[None], *sums])
 

@@ -2,6 +2,7 @@
 //   TEST(name) { CHECK(condition); }
 #pragma once
 
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -11,6 +12,9 @@ namespace check {
 struct Test {
   const char* name;
   void (*body)();
+  // Whether another turn has other cases, and how long those of this one took.
+  bool in_turns = false;
+  double seconds = 0;
 };
 
 inline std::vector<Test>& tests() {
@@ -23,6 +27,12 @@ inline std::vector<Test>& children() {
   static std::vector<Test> all;
   return all;
 }
+
+// Whether a case of a grid runs, by its number: one in `asan` under AddressSanitizer, one in `tsan` under
+// ThreadSanitizer, every one without. CI sets PYEFF_TURN, another number for each commit: then these are others each
+// time, and of a grid that takes long only one in `turns`. main.cpp sees to it that no kernel is left out.
+constexpr uint64_t kTurns = 4;
+bool taken(uint64_t number, uint64_t asan = 1, uint64_t tsan = 1, uint64_t turns = kTurns);
 
 struct Register {
   Register(std::vector<Test>& where, const char* name, void (*body)()) { where.push_back({name, body}); }

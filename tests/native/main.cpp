@@ -1,7 +1,13 @@
+#include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <sstream>
+#include <string>
 
-#include "check.h"
-#include "cpu/isa.h"
+#include "support.h"
+#if defined(PYEFF_KERNELS)
+#include "cuda/emulate/machine.h"
+#endif
 
 // The sanitizers' allocators give up where others return null; one test asks for too much.
 extern "C" const char* __asan_default_options();
@@ -13,6 +19,59 @@ extern "C" __attribute__((visibility("default"))) const char* __tsan_default_opt
   return "allocator_may_return_null=1";
 }
 
+namespace {
+
+check::Test* running = nullptr;
+
+// How many turns to go on by from that of PYEFF_TURN.
+uint64_t further = 0;
+
+void run(check::Test& test) {
+  std::printf("%s\n", test.name);
+  std::fflush(stdout);
+  running = &test;
+  const auto begin = std::chrono::steady_clock::now();
+  test.body();
+  test.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// The kernels that no test has launched, of all that the sources launch.
+std::string left_out() {
+  std::string names;
+#if defined(PYEFF_KERNELS)
+  std::istringstream all(PYEFF_KERNELS);
+  for (std::string name; all >> name;)
+    if (pyeff::gpu::emulate::launched().count(name) == 0) names += " " + name;
+#endif
+  return names;
+}
+
+// Cases of the next turns, the shortest tests first, until every kernel was launched.
+void fill_in() {
+  std::vector<check::Test*> tests;
+  for (auto& test : check::tests())
+    if (test.in_turns) tests.push_back(&test);
+  std::stable_sort(tests.begin(), tests.end(), [](auto* a, auto* b) { return a->seconds < b->seconds; });
+  while (++further < 16 * check::kTurns)
+    for (check::Test* test : tests) {
+      const std::string names = left_out();
+      if (names.empty()) return;
+      std::printf("for%s also the turn in %d: ", names.c_str(), static_cast<int>(further));
+      run(*test);
+    }
+}
+
+}  // namespace
+
+bool check::taken(uint64_t number, uint64_t asan, uint64_t tsan, uint64_t turns) {
+  if (!kSanitized) return true;
+  const uint64_t every = kRaces ? tsan : asan;
+  const char* turn = std::getenv("PYEFF_TURN");
+  if (turn == nullptr || *turn == '\0') return number % every == 1 % every;
+  if (running != nullptr) running->in_turns = true;
+  return number % (every * turns) == (std::strtoull(turn, nullptr, 10) + further) % (every * turns);
+}
+
 // Runs the tests whose names contain the argument; all without one. `--child name` is how a test runs itself.
 int main(int count, char** arguments) {
   if (count == 3 && std::strcmp(arguments[1], "--child") == 0) {
@@ -21,18 +80,21 @@ int main(int count, char** arguments) {
     return 1;
   }
   const char* pattern = count > 1 ? arguments[1] : "";
-  int run = 0;
-  for (const auto& test : check::tests()) {
+  int passed = 0;
+  for (auto& test : check::tests()) {
     if (std::strstr(test.name, pattern) == nullptr) continue;
-    std::printf("%s\n", test.name);
-    std::fflush(stdout);
-    test.body();
-    ++run;
+    run(test);
+    ++passed;
   }
-  std::printf("%d native tests passed; instruction sets:", run);
+  if (count == 1) fill_in();
+  if (count == 1 && !left_out().empty()) {
+    std::fprintf(stderr, "no test launches:%s\n", left_out().c_str());
+    return 1;
+  }
+  std::printf("%d native tests passed; instruction sets:", passed);
   for (int isa = 0; isa < pyeff::kIsaCount; ++isa) {
     if (pyeff::isa_built() & pyeff::isa_detected() & (1u << isa)) std::printf(" %s", pyeff::isa_name(isa));
   }
   std::printf("\n");
-  return run > 0 ? 0 : 1;
+  return passed > 0 ? 0 : 1;
 }

@@ -270,7 +270,7 @@ TEST(ticket_on_the_gpu_is_right_for_every_block_and_type) {
   for (Number number : kGpuNumbers)
     for (const Sizes& sizes : all) {
       Random random(++seed);
-      if (kSanitized && seed % (kRaces ? 5 : 2) != 0) continue;
+      if (!taken(seed, 2, 5, 1)) continue;
       check_call(random, number, sizes, random.coin(), seed);
     }
 }
@@ -286,7 +286,7 @@ TEST(ticket_on_the_gpu_is_right_by_warpgroups) {
   for (Number number : {Number::bf16, kHalf})
     for (const Sizes& sizes : all) {
       Random random(++seed);
-      if (kSanitized && seed % (kRaces ? 9 : 4) != 1) continue;
+      if (!taken(seed, 4, 9, 1)) continue;
       const TicketActivation activation = random.pick(kActivations);
       const Call call(number, sizes, activation, random.coin(), Begin::vector, random.coin() ? 8 : 0, true, seed);
       const Machine machine = machine_with(random, true);
@@ -311,7 +311,7 @@ TEST(every_gradient_of_a_ticket_on_the_gpu_can_be_wanted_alone) {
   for (Number number : kGpuNumbers)
     for (TicketActivation activation : kActivations) {
       Random random(++seed);
-      if (kRaces && seed % 4 != 0) continue;
+      if (!taken(seed, 1, 4, 1)) continue;
       const Call call(number, {37, 50, 44, 16, 8}, activation, true, Begin::vector, 0, false, seed);
       const Machine machine = machine_with(random, random.coin());
       const Outputs all = call.run(machine, true);
@@ -347,7 +347,7 @@ TEST(a_wrong_index_leads_no_kernel_of_a_ticket_astray) {
     for (const Sizes& sizes : all)
       for (bool wgmma : {true, false}) {
         Random random(++seed);
-        if (kSanitized && seed % (kRaces ? 7 : 3) != 0) continue;
+        if (!taken(seed, 3, 7, 1)) continue;
         Call call(number, sizes, TicketActivation::none, true, Begin::vector, 0, false, seed);
         call.spoil();
         call.run(machine_with(random, wgmma), false);

@@ -208,6 +208,16 @@ Limits& limits() {
   return all;
 }
 
+namespace {
+// One for each OS thread: a lock would order what is to be seen as a race.
+std::set<std::string>& own_launched() {
+  static thread_local std::set<std::string> names;
+  return names;
+}
+}  // namespace
+
+const std::set<std::string>& launched() { return own_launched(); }
+
 const char* launch(const Launch& how, const char* caller, void (*run)(const void*), const void* call) {
   Machine& m = own_machine();
   const std::string name = name_of(how, caller);
@@ -236,6 +246,7 @@ const char* launch(const Launch& how, const char* caller, void (*run)(const void
     }
     number = (number + stride) % clusters;
   }
+  own_launched().insert(name);
   // Not after each cluster: the blocks of a grid are not ordered, and their collisions are to be seen.
   acquire(&m.finished);
   return nullptr;

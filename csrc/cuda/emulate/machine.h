@@ -5,6 +5,7 @@
 #include <cstdarg>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -229,6 +230,9 @@ void meet_warp(Wait kind, Site site, void* slot, bool orders, F&& action) {
   Thread* const* lanes = &t.of().members[static_cast<size_t>(t.index / kLanes * kLanes)];
   meet(t.of().warps[t.index / kLanes], lanes, kLanes, kLanes, kind, site, orders, true, [&] { action(lanes); });
 }
+
+// The names of the kernels that this OS thread has launched.
+const std::set<std::string>& launched();
 
 // Finishes the products up to the number `target` as far as the running thread is concerned.
 void finish_products(unsigned target);

@@ -1,0 +1,92 @@
+"""The loop around the steps of a pre-training."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyeff.recipes import _multimask_progress
+from pyeff.recipes._multimask_data import Order, Places, is_dataset, loader
+
+if TYPE_CHECKING:
+    from pyeff.recipes.multimask import Pretrainer
+
+
+def fit(
+    trainer: Pretrainer,
+    data: Any,
+    steps: int | None,
+    *,
+    every: int,
+    progress: str | bool,
+    callbacks: Sequence[Callable[[Pretrainer, dict[str, float]], Any]],
+    floor: float,
+    stop: bool,
+    workers: int,
+    path: str | os.PathLike | None,
+    save_every: int | None,
+) -> list[dict[str, float]]:
+    """:meth:`pyeff.recipes.multimask.Pretrainer.fit`."""
+    engine = trainer._engine
+    if steps is None:
+        steps = max(trainer.settings.steps - trainer.steps_done, 0)
+    for name, value in (("steps", steps), ("every", every), ("save_every", save_every), ("workers", workers)):
+        least = 0 if name in ("steps", "workers") else 1
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+    if save_every is not None and path is None:
+        raise ValueError("save_every was given without a path, expected one to save to")
+    batches = iter(_batches(trainer, data, steps, workers))
+    bar = _multimask_progress.progress(progress, trainer.steps_done + steps, trainer.steps_done, engine.rank == 0)
+    history: list[dict[str, float]] = []
+    trainer._meter.reset()
+    try:
+        for done in range(1, steps + 1):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            trainer.step(batch)
+            bar.step()
+            going = True
+            if done % every == 0 or done == steps:
+                history.append(trainer.metrics())
+                bar.record(history[-1])
+                going = _watch(trainer, history[-1], floor, stop)
+                for callback in callbacks:
+                    going = callback(trainer, history[-1]) is not False and going
+            if path is not None and save_every is not None and done % save_every == 0 and going and done < steps:
+                trainer.save(path)
+            if not going:
+                break
+    finally:
+        bar.close()
+    if path is not None:
+        trainer.save(path)
+    return history
+
+
+def _batches(trainer: Pretrainer, data: Any, steps: int, workers: int) -> Iterable[Any]:
+    if not is_dataset(data) or isinstance(data, torch.utils.data.DataLoader):
+        if not hasattr(data, "__iter__"):
+            raise ValueError(f"data is a {type(data).__name__}, expected samples by index, or batches to iterate")
+        return data
+    engine, s = trainer._engine, trainer.settings
+    order = Order(len(data), s.seed)
+    places = Places(order, trainer.samples_done, steps, s.batch_size, engine.rank, engine.world)
+    pin = trainer.device.type == "cuda"
+    return loader(data, trainer._collate, places, workers=workers, pin=pin, seed=s.seed)
+
+
+def _watch(trainer: Pretrainer, record: dict[str, float], floor: float, stop: bool) -> bool:
+    """Whether to go on. While the rate still rises, spreads are small for another reason."""
+    early = trainer.steps_done <= trainer.settings.warmup
+    message = None if early else _multimask_progress.collapsed(record, floor)
+    if message is None:
+        return True
+    if trainer._engine.rank == 0:
+        warnings.warn(message, _multimask_progress.CollapseWarning, stacklevel=4)
+    return not stop
