@@ -33,7 +33,7 @@ class Masks:
 
     @staticmethod
     def of(hidden: Tensor, kept: int) -> Masks:
-        order = hidden.to(torch.uint8).argsort(1, stable=True)
+        order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
         return Masks(hidden, order[:, :kept].contiguous(), order.argsort(1))
 
     @staticmethod
