@@ -20,7 +20,8 @@ CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.c
 # Some kernels place memory so randomly that ThreadSanitizer cannot map its shadow; without randomness it can.
 FIXED := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-.PHONY: all install demo test pytest emulate gpu resources sanitize cross lint format wheel bench clean distclean
+.PHONY: all install demo test native pytest emulate gpu resources sanitize build-sanitizers run-sanitizers cross lint
+.PHONY: format wheel bench clean distclean
 .DELETE_ON_ERROR:
 
 all: install
@@ -36,10 +37,11 @@ $(VENV)/.requirements: requirements/dev.txt
 	@touch $@
 
 # Editable, with the development module. Only a change of the build or of the native sources comes here again. In CI the
-# CUDA sources are built for one architecture, another one in each turn, where their lock has the others.
+# CUDA sources are built for one architecture, another one in each turn, where their lock has the others. The
+# architectures are always named, since cmake would keep those of the last time.
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py scripts/build_backend.py $(NATIVE)
-	$${PYEFF_TURN:+env PYEFF_CUDA_ARCHS="$$(PYTHONPATH=. $(BIN)/python -m benchmarks.lock archs)"} \
-	    env PATH="$(CURDIR)/$(BIN):$$PATH" PYEFF_DEV=1 PYEFF_REQUIRE_EXTENSION=1 \
+	PYEFF_CUDA_ARCHS="$${PYEFF_CUDA_ARCHS:-$$(PYTHONPATH=. $(BIN)/python -m benchmarks.lock archs)}" \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" PYEFF_DEV=1 PYEFF_REQUIRE_EXTENSION=1 \
 	    $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -54,7 +56,7 @@ bench: install
 # The native tests first: what they find is the cause of what pytest would find. The GPU kernels' resources are printed
 # and kept in build/resources. How long each took is printed before pytest, whose summary, with its own time, is the last
 # line. PYEFF_TURN=<number> divides the slowest of them among the turns, as CI does; without it everything is done.
-TIERS := install sanitize cross resources emulate
+TIERS := install native resources emulate
 test:
 	@rm -f build/tiers; mkdir -p build
 	@for tier in $(TIERS); do begin=$$(date +%s); \
@@ -69,13 +71,16 @@ test:
 resources: install
 	$(BIN)/python scripts/gpu_resources.py $(ARGS)
 
+# Neighbours share fixtures that take long to make: each process gets a half, and takes from the other's when it is done.
+DIVIDED = -n $(JOBS) --dist worksteal
+
 pytest: install
-	PYEFF_TEST_REQUIRE=cpu,dev $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	PYEFF_TEST_REQUIRE=cpu,dev $(BIN)/python -m pytest $(DIVIDED) $(PYTEST_ARGS)
 
 # The GPU's kernels on the CPU: Triton's interpreter, and CUDA C++ built by the host's compiler.
 emulate: install
 	PYEFF_EMULATE=1 PYEFF_TEST_REQUIRE=emulation,triton,cuda \
-	    $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest $(DIVIDED) $(PYTEST_ARGS)
 
 # On a machine with a GPU, with what is installed there: no network, no virtual environment.
 gpu:
@@ -83,13 +88,22 @@ gpu:
 
 # With PYEFF_TURN each sanitizer has one instruction set, and the long grids of the emulated kernels run in shares, but
 # every kernel at least once (tests/native/main.cpp); without it all sets and all cases.
-sanitize: $(VENV)/.requirements
+sanitize: build-sanitizers
+	@$(MAKE) --no-print-directory run-sanitizers
+
+# The arm64 build beside the sanitizers' runs, of which the longer one leaves a core to it.
+native: build-sanitizers
+	@$(MAKE) --no-print-directory -j2 -O run-sanitizers cross
+
+build-sanitizers: $(VENV)/.requirements
 	$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DPYEFF_SANITIZE=address,undefined -DPYEFF_ONLY_ISAS=$$($(PYTHON) scripts/turn.py isa 0) >/dev/null
 	$(CMAKE) --build build/asan --target pyeff_native
 	$(CMAKE) -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DPYEFF_SANITIZE=thread -DPYEFF_ONLY_ISAS=$$($(PYTHON) scripts/turn.py isa 1) >/dev/null
 	$(CMAKE) --build build/tsan --target pyeff_native
+
+run-sanitizers:
 	build/asan/pyeff_native >build/asan/run.log 2>&1 & asan=$$!; \
 	$(FIXED) build/tsan/pyeff_native; tsan=$$?; \
 	wait $$asan || { cat build/asan/run.log; exit 1; }; tail -n 1 build/asan/run.log; exit $$tsan

@@ -13,8 +13,8 @@ from torch import Tensor
 from .registry import Unavailable
 
 
-def compiled(function: Callable[..., Any], device: str = "cpu") -> Callable[..., Any]:
-    """``torch.compile(fullgraph=True)`` of a private copy of ``function``.
+def compiled(function: Callable[..., Any], device: str = "cpu", fullgraph: bool = True) -> Callable[..., Any]:
+    """``torch.compile(fullgraph=...)`` of a private copy of ``function``.
 
     Dynamo keeps its graphs by code object and gives up after eight for one; a copy for each cell, dtype and mode keeps
     the benchmark from running into that and falling back to eager unseen.
@@ -35,7 +35,7 @@ def compiled(function: Callable[..., Any], device: str = "cpu") -> Callable[...,
         )
         copy.__kwdefaults__ = function.__kwdefaults__
         function = copy
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=fullgraph)
 
 
 def unavailable_reason(device: str = "cpu") -> str:

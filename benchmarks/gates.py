@@ -285,7 +285,7 @@ def _against_lock(report: Report, source: Path, built: list[Usage], locks: Path,
     report.failures += wrong
     report.skipped += skipped
     if renew and wrong:
-        report.failures.append(f"{source.name} was not built for every architecture: nothing is locked")
+        report.failures.append(f"{source.name} is not built for all architectures (make install), not locked")
     return found
 
 

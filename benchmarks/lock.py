@@ -186,6 +186,8 @@ def with_locked(
     """What was built of a source, with the lock's usages for the architectures that were not; and what is wrong, and
     what could not be compared."""
     lock, key, version = read(cuda_path(source, locks)), cuda_key(source, root), nvcc_version()
+    if not built:
+        return [], [f"{source.name}: its build reports no kernel"], []
     if lock.versions and version and lock.versions.get("nvcc") != version:
         return list(built), [], [f"{source.name}: locked by nvcc {lock.versions.get('nvcc')}, here is {version}"]
     if not lock.entries or any(entry[0] != key for entry in lock.entries.values()):

@@ -66,7 +66,7 @@ def slug(gpu: dict[str, object] | None) -> str:
 def versions() -> dict[str, str]:
     """Python, torch, and what a contender may stand on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("pyeff", "triton", "numpy", "scipy", "stanford-stk", "blksprs"):
+    for name in ("pyeff", "triton", "numpy", "scipy", "stanford-stk", "blksprs", "xformers", "fbgemm-gpu"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -7,22 +7,22 @@ p the hidden one, s bytes of the dtype and targets in float32,
     gather, both ways   2 s q + 2 s / M          x read once, its gradient written once
     scatter, both ways  s + 3 s q                x read, all written; of the gradient what is kept, and x's written
     loss, both ways     s p + s + 4 / M          predictions at hidden tokens, the gradient, targets
-    averages            8 + s a parameter        read and written in float32, the parameter read (a copy written: s more)
+    averages            8 + s a parameter        read and written in float32, the parameter read (a copy: s more)
 
-A step is masks, targets, gather, scatter, loss, backward through all of it, and averages of a base encoder's parameters:
-everything in it that is neither encoder nor decoder, which stand still: what they would give is given.
+A step is masks, targets, gather, scatter, loss, backward through all of it, and averages of a base encoder's
+parameters: everything in it that is neither encoder nor decoder, which stand still: what they would give is given.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyeff import MaskPlan, ops, reference
+from pyeff import MaskPlan, reference
 
 from . import multimask_rivals as rivals
 from .registry import FORWARD, TRAINING, Case, Selection, register
@@ -181,10 +181,13 @@ def _counts(s: Setting) -> Tensor:
 
 def comparable(inputs: Inputs, outputs: Sequence[Tensor]) -> list[Tensor]:
     """What everybody must agree on: all but random numbers."""
-    s, op = inputs.setting, inputs.op
+    op = inputs.op
     if op == MASK:
         (mask,) = outputs
         return [mask.sum(1).double() if mask.dtype == torch.bool else mask.double()]
+    if op == GATHER:
+        # Some have a dimension of samples and one of students.
+        return [outputs[0] if outputs[0].dim() == 3 else outputs[0].flatten(0, 1), *outputs[1:]]
     if op == SCATTER:
         hidden = inputs.plan.hidden().flatten(0, 1)[..., None]
         return [outputs[0].masked_fill(hidden, 0), *outputs[1:]]
@@ -270,7 +273,7 @@ Point = tuple[str, str, torch.dtype, str, bool]  # op, setting, dtype, mode, mom
 
 def points(select: Selection) -> list[Point]:
     """What is measured, in the order of the tables."""
-    full, wide, half = select.size == "full", *DTYPES
+    full, wide = select.size == "full", DTYPES[0]
     both: Sequence[str] = tuple(SETTINGS)
     if select.size == "quick":
         trained = [(op, "image", wide, TRAINING, op == LOSS) for op in (GATHER, SCATTER, LOSS, STEP)]
@@ -306,4 +309,3 @@ def cases(select: Selection) -> Iterator[Case]:
 
 
 __all__ = ["SETTINGS", "Inputs", "Setting", "case", "cases", "comparable", "make", "oracle", "points", "work"]
-

@@ -18,7 +18,16 @@ from torch import Tensor
 
 FORWARD, TRAINING = "forward", "forward+backward"
 # The row files and their operations, in the order of the tables. A file is imported on first use and registers itself.
-ROWS = {"gemm": ("linear",), "read": ("read_recurrence",), "ticket": ("ticket_linear",)}
+ROWS = {
+    "gemm": ("linear",),
+    "read": ("read_recurrence",),
+    "ticket": ("ticket_linear",),
+    # A step is no op of its own: all of these, one after another.
+    "multimask": (
+        "multimask_targets", "multimask_gather", "multimask_scatter", "multimask_loss", "multimask_relative_bias",
+        "block_mask", "ema_update_", "multimask_step",
+    ),
+}  # fmt: skip
 
 Call = Callable[[], Sequence[Tensor]]
 

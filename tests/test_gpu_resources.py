@@ -257,10 +257,9 @@ def test_what_was_compiled_is_kept_and_a_change_is_seen(planted, tmp_path):
 def test_a_compiler_that_dies_is_a_finding(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     (tmp_path / "dying_kernels.py").write_text(
-        "import os\n\nimport triton\n\nfrom benchmarks.aot import Case\nfrom tests import planted_kernels\n\n\n"
-        "@triton.constexpr_function\ndef die():\n    os.abort()\n\n\n@triton.jit\ndef dies():\n    die()\n\n\n"
-        "def aot_cases():\n"
-        "    yield Case('dies/1', 80, dies, {}, {}, {}, {}, False)\n    yield from planted_kernels.aot_cases()\n"
+        "import os, sys\n\nfrom benchmarks.aot import Case\nfrom tests import planted_kernels\n\n\nclass Dies:\n"
+        "    __name__ = property(lambda self: os.abort() if 'serve' in sys.argv else 'dies')\n\n\ndef aot_cases():\n"
+        "    yield Case('dies/1', 80, Dies(), {}, {}, {}, {}, False)\n    yield from planted_kernels.aot_cases()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     dead, good = aot.run(aot.jobs(["dying_kernels"], [80])[:2], processes=1)

@@ -268,6 +268,8 @@ def test_a_cuda_source_is_built_for_some_and_locked_for_the_others(tmp_path, mon
     assert "1 of 2 entries are missing (new sm_90)" in wrong
     _, wrong, _ = seen([dataclasses.replace(every[1], kernel="new")])
     assert any("of kernels that are gone (k<bf16> sm_90)" in line for line in wrong)
+    # A build that says nothing is no reason to believe the lock.
+    assert seen([]) == ([], ["k.cu: its build reports no kernel"], [])
     # Another source, another compiler: then the lock says nothing.
     monkeypatch.setattr(lock, "nvcc_version", lambda: "V2")
     assert seen(every[:1]) == (every[:1], [], ["k.cu: locked by nvcc V1, here is V2"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyeff
-from pyeff.recipes import _multimask_data, _multimask_settings
+from pyeff.recipes import _multimask_data, _multimask_models, _multimask_settings
 from tests.multimask_models import (
     WIDTH,
     assert_close,
@@ -34,7 +34,7 @@ def by_hand(of, samples):
     shape = (6, 6) if image else None
     seed = (_multimask_settings.key(s.seed, "masks and noise") + of.steps_done) % 2**63
     taken, modules = [], []
-    for layer in list(of.teacher.layers if image else of.teacher.encoder.layer)[-s.top_k_layers :]:
+    for layer in list(_multimask_models.find_parts(of.teacher).stack.layers)[-s.top_k_layers :]:
         modules.append(layer.mlp if image else layer.output.dense)
     total, count, cls_total, rows = 0.0, 0, 0.0, 0
     stack, decoder, prefix = of.parts.stack, of.decoder, int(image)

@@ -20,7 +20,8 @@ def run(case, world, path=None):
     make, data, options = CASES[case]
     model = make().double()
     if world == 2 and dist.get_rank() == 1:  # the first process's parameters are everybody's
-        torch.nn.init.zeros_(next(model.parameters()))
+        for p in model.parameters():
+            torch.nn.init.zeros_(p)
     items = [t if t.dtype == torch.int64 else t.double() for t in data()]
     of = trainer(model, batch_size=8 // world, **options)
     history = of.fit(items, STEPS, progress=False, path=path)

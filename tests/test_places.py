@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def collected(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    clean = {n: v for n, v in os.environ.items() if n not in ("PYEFF_TEST_REQUIRE", "PYEFF_EMULATE", "PYEFF_BACKEND")}
+    ours = ("PYEFF_TEST_REQUIRE", "PYEFF_EMULATE", "PYEFF_BACKEND", "PYEFF_TURN")
+    clean = {n: v for n, v in os.environ.items() if n not in ours}
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=300)
 
@@ -52,6 +53,14 @@ def test_what_is_demanded_and_missing_ends_the_run(name):
     done = collected("tests/test_read_emulated.py", PYEFF_TEST_REQUIRE=name)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert f"PYEFF_TEST_REQUIRE is not met:\n{name}: " in done.stderr
+
+
+def test_turns_collect_other_cases_of_each_test_of_an_operation_and_the_same_of_the_others():
+    files = ("tests/test_ticket.py", "tests/test_docs.py")
+    one, other = (set(re.findall(r"(\S+::\w+)(.*)", collected(*files, PYEFF_TURN=turn).stdout)) for turn in ("0", "1"))
+    assert {name for name, _ in one} == {name for name, _ in other}
+    for some in (one - other, other - one):
+        assert {name.partition("::")[0] for name, _ in some} == {"tests/test_ticket.py"}
 
 
 def test_emulation_collects_the_backends_of_the_gpu_alone():

@@ -133,7 +133,8 @@ class Staged {
 template <class F>
 void for_each_piece(const Parallel& parallel, int64_t count, int64_t bytes_each, const F& body) {
   constexpr int64_t kTask = int64_t(64) << 10, kAlone = int64_t(48) << 10;
-  const int64_t piece = at_least(1, kTask / at_least(1, bytes_each));
+  const int64_t many = at_most(32, count / (4 * parallel.threads));  // what is next to each other shares something
+  const int64_t piece = at_least(at_least(1, many), kTask / at_least(1, bytes_each));
   if (count * bytes_each <= kAlone || parallel.threads <= 1) return body(int64_t(0), count);
   for_each_task(parallel, (count + piece - 1) / piece,
                 [&](int64_t i) { body(i * piece, at_most(count, (i + 1) * piece)); });

@@ -52,36 +52,37 @@ void copy_kept(const MultimaskProblem& p, const StridedRows& from, int64_t share
   });
 }
 
-// The rows that one output is the sum of; some at a time, if there are many.
+// The rows that each of some outputs is the sum of, one list behind the other.
 template <class T>
-struct RowList {
-  static constexpr int64_t kMost = 256;
-  const T* rows[kMost + 1];
-  int64_t count;
+struct RowLists {
+  static constexpr int64_t kMost = 512;
+  const T* rows[kMost];
+  int64_t count = 0;
 
+  // Those of row(from) to row(end - 1) that are there.
   template <class Row>
   PYEFF_INLINE void collect(int64_t from, int64_t end, const Row& row) {
-    count = 0;
-    // Which there are is not to be foreseen, so nothing branches on it.
-    for (int64_t i = from; i < at_most(end, from + kMost); ++i) {
-      const T* there = row(i);
+    // Which are there is not to be foreseen, so nothing branches on it.
+    for (int64_t s = from; s < end; ++s) {
+      const T* there = row(s);
       rows[count] = there;
       count += there != nullptr;
     }
   }
 };
 
-// to[v] = the sum over a list, of which each row adds kVectors vectors at `d`, while those of the next one are asked
-// for.
+// Adds kVectors vectors at `d` of the rows [from, end), while those of later rows are asked for: they lie where no
+// processor would look for them.
 template <int kVectors, class T>
-PYEFF_INLINE void add_rows(const RowList<T>& list, const RowList<T>& next, int64_t d, Vec<Compute<T>>* sums) {
-  constexpr int64_t lanes = kLanes<Compute<T>>, ahead = kVectors * lanes * int64_t(sizeof(T));
-  for (int64_t s = 0; s < list.count; ++s) {
-    const T* from = list.rows[s] + d;
-    const char* later = reinterpret_cast<const char*>(s < next.count ? next.rows[s] + d : from);
-    for (int64_t at = 0; at < ahead; at += kLine) __builtin_prefetch(later + at);
+PYEFF_INLINE void add_rows(const RowLists<T>& lists, int64_t from, int64_t end, int64_t d, Vec<Compute<T>>* sums) {
+  constexpr int64_t lanes = kLanes<Compute<T>>, bytes = kVectors * lanes * int64_t(sizeof(T));
+  constexpr int64_t kAhead = 1 + 4096 / bytes;
+  for (int64_t s = from; s < end; ++s) {
+    const char* later = reinterpret_cast<const char*>(lists.rows[at_most(s + kAhead, lists.count - 1)] + d);
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(later + at);
+    const T* row = lists.rows[s] + d;
 #pragma GCC unroll 32
-    for (int v = 0; v < kVectors; ++v) sums[v] += load(from + v * lanes);
+    for (int v = 0; v < kVectors; ++v) sums[v] += load(row + v * lanes);
   }
 }
 
@@ -91,33 +92,36 @@ template <class T, class Row>
 void sum_rows(int64_t outer, int64_t inner, int64_t summed, int64_t width, const Row& row, T* out,
               int64_t streamed_from, const Parallel& parallel) {
   using C = Compute<T>;
-  using List = RowList<T>;
-  constexpr int64_t lanes = kLanes<C>;
+  using Lists = RowLists<T>;
+  constexpr int64_t lanes = kLanes<C>, kMost = Lists::kMost;
   constexpr int kMany = kVectorRegisters >= 32 ? 24 : 8, kFew = 4;
   const Target target(out, outer * inner * width * int64_t(sizeof(T)), streamed_from);
-  const bool streamed = target.streamed && can_stream(out, width), listed = summed <= List::kMost;
+  const bool streamed = target.streamed && can_stream(out, width), listed = summed <= kMost;
+  const int64_t at_once = listed ? at_most(64, kMost / summed) : 1;
   for_each_piece(parallel, outer * inner, width * int64_t(sizeof(T)) * (summed + 1), [&](int64_t begin, int64_t end) {
-    List lists[2];
-    const auto collect = [&](List* list, int64_t i, int64_t from) {
+    Lists lists;
+    int64_t first[65];
+    const auto collect = [&](int64_t i, int64_t from) {
       const int64_t o = i / inner, t = i % inner;
-      list->collect(from, summed, [&](int64_t s) { return row(o, t, s); });
+      lists.collect(from, at_most(summed, from + kMost), [&](int64_t s) { return row(o, t, s); });
     };
-    if (listed) collect(&lists[0], begin, 0);
-    for (int64_t i = begin; i < end; ++i) {
-      List& list = lists[(i - begin) % 2];
-      List& next = lists[(i - begin + 1) % 2];
-      next.count = 0;
-      if (listed && i + 1 < end) collect(&next, i + 1, 0);
+    const auto sum = [&](int64_t i, int64_t list) {
       T* to = out + i * width;
+      // Too many rows to be listed are collected anew for each block of columns.
+      const auto for_each_list = [&](const auto& add) {
+        if (listed) return add(first[list], first[list + 1]);
+        for (int64_t from = 0; from < summed; from += kMost) {
+          lists.count = 0;
+          collect(i, from);
+          add(int64_t(0), lists.count);
+        }
+      };
       int64_t d = 0;
       const auto block = [&](auto vectors) {
         constexpr int kVectors = decltype(vectors)::value;
         for (; d + kVectors * lanes <= width; d += kVectors * lanes) {
           Vec<C> sums[kVectors] = {};
-          for (int64_t from = 0; from < summed; from += List::kMost) {
-            if (!listed) collect(&list, i, from);
-            add_rows<kVectors>(list, next, d, sums);
-          }
+          for_each_list([&](int64_t from, int64_t stop) { add_rows<kVectors>(lists, from, stop, d, sums); });
 #pragma GCC unroll 32
           for (int v = 0; v < kVectors; ++v) put(to + d + v * lanes, sums[v], streamed);
         }
@@ -125,13 +129,22 @@ void sum_rows(int64_t outer, int64_t inner, int64_t summed, int64_t width, const
       block(Count<kMany>{});
       block(Count<kFew>{});
       for (; d < width; d += lanes) {
-        Vec<C> sum{};
-        for (int64_t from = 0; from < summed; from += List::kMost) {
-          if (!listed) collect(&list, i, from);
-          for (int64_t s = 0; s < list.count; ++s) sum += load_first(list.rows[s] + d, width - d);
-        }
-        store_first(to + d, sum, width - d);
+        Vec<C> last{};
+        for_each_list([&](int64_t from, int64_t stop) {
+          for (int64_t s = from; s < stop; ++s) last += load_first(lists.rows[s] + d, width - d);
+        });
+        store_first(to + d, last, width - d);
       }
+    };
+    for (int64_t i = begin; i < end;) {
+      const int64_t stop = at_most(end, i + at_once);
+      lists.count = 0;
+      for (int64_t l = 0; listed && l < stop - i; ++l) {
+        first[l] = lists.count;
+        collect(i + l, 0);
+        first[l + 1] = lists.count;
+      }
+      for (int64_t l = 0; i < stop; ++i, ++l) sum(i, l);
     }
     target.end();
   });
@@ -168,23 +181,31 @@ class Noise {
   Noise(uint64_t seed, double std) : philox_(seed), std_(C(std)) {}
 
   void row(int64_t token, const PhiloxRow& of, const T* fill, int64_t width, T* out, bool streamed) const {
+    fill ? row_of_steps<true>(token, of, fill, width, out, streamed)
+         : row_of_steps<false>(token, of, fill, width, out, streamed);
+  }
+
+ private:
+  template <bool kFilled>
+  void row_of_steps(int64_t token, const PhiloxRow& of, const T* fill, int64_t width, T* out, bool streamed) const {
     const uint32_t first = uint32_t(token * ((width + 3) / 4));
     // As many at once as there are registers for.
     constexpr int kAtOnce = kVectorRegisters >= 32 ? 2 : 1;
     int64_t d = 0;
     for (; d + kAtOnce * kPhiloxStep <= width; d += kAtOnce * kPhiloxStep)
-      steps<kAtOnce>(first + uint32_t(d / 4), of, fill ? fill + d : nullptr, out + d, streamed);
+      steps<kAtOnce, kFilled>(first + uint32_t(d / 4), of, fill + (kFilled ? d : 0), out + d, streamed);
     for (; d + kPhiloxStep <= width; d += kPhiloxStep)
-      steps<1>(first + uint32_t(d / 4), of, fill ? fill + d : nullptr, out + d, streamed);
+      steps<1, kFilled>(first + uint32_t(d / 4), of, fill + (kFilled ? d : 0), out + d, streamed);
     if (d == width) return;
     T padded[kPhiloxStep], result[kPhiloxStep];
-    for (int64_t i = 0; i < kPhiloxStep; ++i) padded[i] = fill && d + i < width ? fill[d + i] : T{};
-    steps<1>(first + uint32_t(d / 4), of, padded, result, false);
+    for (int64_t i = 0; i < kPhiloxStep; ++i) padded[i] = kFilled && d + i < width ? fill[d + i] : T{};
+    steps<1, kFilled>(first + uint32_t(d / 4), of, padded, result, false);
     __builtin_memcpy(out + d, result, size_t(width - d) * sizeof(T));
   }
 
- private:
-  template <int N>
+  // Whether there is a fill is known when this is compiled: a product and a sum are one operation or two, and that must
+  // not hang on what else is asked for.
+  template <int N, bool kFilled>
   PYEFF_INLINE void steps(uint32_t first, const PhiloxRow& of, const T* fill, T* out, bool streamed) const {
     constexpr int64_t lanes = kLanes<C>, count = N * kPhiloxStep;
     FloatV z[4 * N];
@@ -200,7 +221,7 @@ class Noise {
 #pragma GCC unroll 8
     for (int64_t i = 0; i < count; i += 2 * lanes) {
       Vec<C> a = load(wide + i) * std_, b = load(wide + i + lanes) * std_;
-      if (fill) a += load(fill + i), b += load(fill + i + lanes);
+      if constexpr (kFilled) a += load(fill + i), b += load(fill + i + lanes);
       put_two(out + i, a, b, streamed);
     }
   }

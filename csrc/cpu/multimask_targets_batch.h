@@ -70,9 +70,9 @@ class BatchStatistics {
   void project(const MaskTensor<const C>& grad) {
     for_slabs([&](int64_t b, int64_t slab, T* copy, C* g) {
       const int64_t n = call_.lengths[b], left = call_.width - slab * kWidth;
-      typename Slab<C>::Moments of_grad;
+      typename Slab<C, Part::kVectorCount>::Moments of_grad;
       typename Part::Moments unused;
-      Slab<C>::read(grad.row(b, 0) + slab * kWidth, grad.token, n, left, g, of_grad, {});
+      Slab<C, Part::kVectorCount>::read(grad.row(b, 0) + slab * kWidth, grad.token, n, left, g, of_grad);
       double* sums = grads_ + b * stride_ + slab * kWidth;
       for (int c = 0; c < kWidth; ++c) sums[c] = 0;
       for (int64_t t = 0; t < n; ++t)
@@ -107,7 +107,7 @@ class BatchStatistics {
 
   void read(int64_t b, int64_t slab, int64_t k, T* copy, typename Part::Moments& moments) const {
     Part::read(call_.layers[k].row(b, 0) + slab * kWidth, call_.layers[k].token, call_.lengths[b],
-               call_.width - slab * kWidth, copy, moments, {});
+               call_.width - slab * kWidth, copy, moments);
   }
 
   template <class F>

@@ -73,25 +73,40 @@ struct PartOf {
   PartOf(int64_t count, int64_t part, int64_t parts) : begin(count * part / parts), end(count * (part + 1) / parts) {}
 };
 
-// Rows that are asked for while others are worked on.
+// Rows that are asked for while others are worked on: any, and past the end of the tensor, too.
 struct Ahead {
-  const char* at = nullptr;
-  int64_t stride = 0, bytes = 0, left = 0;
+  const char* at;
+  int64_t stride;
+  template <int kBytes>
   PYEFF_INLINE void step() {
-    if (left <= 0) return;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-    at += stride, --left;
+#pragma GCC unroll 4
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += stride;
   }
 };
 
+// A vector that is copied on the way.
+template <class T>
+PYEFF_INLINE Vec<T> load_copy(const T* from, T* to) {
+  const Vec<T> v = load(from);
+  store(to, v);
+  return v;
+}
+PYEFF_INLINE FloatV load_copy(const bf16* from, bf16* to) {
+  HalfBitsV bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  __builtin_memcpy(to, &bits, sizeof bits);
+  return bit_cast<FloatV>(__builtin_convertvector(bits, UInt32V) << 16);
+}
+
 // Some channels of one sample's tokens. They are copied, row behind row: tokens that lie a power of two apart share few
 // lines of a cache. Lanes past the last channel are zero in the copy and are worked on like the others.
-template <class T>
+// `kVectors` vectors wide: two lines of memory, which come together.
+template <class T, int kVectors = kVectorBytes == 64 ? (sizeof(T) == 2 ? 4 : 2) : 4>
 struct Slab {
   using C = Compute<T>;
   using V = Vec<C>;
-  static constexpr int kLanes = PYEFF_ISA::kLanes<C>;
-  static constexpr int kVectors = kVectorBytes == 64 ? 2 : 4, kWidth = kVectors * kLanes;
+  static constexpr int kLanes = PYEFF_ISA::kLanes<C>, kWidth = kVectors * kLanes, kVectorCount = kVectors;
   // So many independent sums hide the latency of one; and the rows whose mean the others are taken about.
   static constexpr int kChains = kVectorRegisters >= 32 ? 2 : 1, kFirst = 16;
 
@@ -109,6 +124,10 @@ struct Slab {
     }
   };
 
+  static void read(const T* from, int64_t stride, int64_t n, int64_t left, T* copy, Moments& moments) {
+    read(from, stride, n, left, copy, moments, {reinterpret_cast<const char*>(copy), 0});
+  }
+
   // Copies n rows.
   static void read(const T* from, int64_t stride, int64_t n, int64_t left, T* copy, Moments& moments, Ahead ahead) {
     left >= kWidth ? read_rows<true>(from, stride, n, left, copy, moments, ahead)
@@ -117,12 +136,10 @@ struct Slab {
 
  private:
   template <bool kWhole>
-  static PYEFF_INLINE void copy_row(const T* row, int64_t left, T* to) {
-    if (kWhole) {
-      __builtin_memcpy(to, row, sizeof(T) * kWidth);
-    } else {
-      for (int c = 0; c < kWidth; ++c) to[c] = c < left ? row[c] : T{};
-    }
+  static PYEFF_INLINE V take(const T* row, int64_t left, T* to, int v) {
+    if (kWhole) return load_copy(row + v * kLanes, to + v * kLanes);
+    for (int c = v * kLanes; c < (v + 1) * kLanes; ++c) to[c] = c < left ? row[c] : T{};
+    return load(to + v * kLanes);
   }
 
   // Sums and sums of squares about the mean of the first rows: however far those lie from the others, the variance has
@@ -133,15 +150,15 @@ struct Slab {
     const int64_t first = smaller(n, kFirst);
     V middle[kVectors] = {}, sum[kChains][kVectors] = {}, square[kChains][kVectors] = {};
     for (int64_t t = 0; t < first; ++t) {
-      copy_row<kWhole>(from + t * stride, left, copy + t * kWidth);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) middle[v] += load(copy + t * kWidth + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) middle[v] += take<kWhole>(from + t * stride, left, copy + t * kWidth, v);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) middle[v] *= C(1) / C(larger(first, 1));
+    constexpr int kBytes = kWidth * int(sizeof(T));
     int64_t t = 0;
     for (; t < first; ++t) {
-      ahead.step();
+      ahead.template step<kBytes>();
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const V d = load(copy + t * kWidth + v * kLanes) - middle[v];
@@ -149,21 +166,23 @@ struct Slab {
         square[0][v] += d * d;
       }
     }
-    auto row = [&](int64_t at, int chain) __attribute__((always_inline)) {
-      ahead.step();
-      copy_row<kWhole>(from + at * stride, left, copy + at * kWidth);
+    const T* at = from + first * stride;
+    T* to = copy + first * kWidth;
+    auto row = [&](int chain) __attribute__((always_inline)) {
+      ahead.template step<kBytes>();
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const V d = load(kWhole ? from + at * stride + v * kLanes : copy + at * kWidth + v * kLanes) - middle[v];
+        const V d = take<kWhole>(at, left, to, v) - middle[v];
         sum[chain][v] += d;
         square[chain][v] += d * d;
       }
+      at += stride, to += kWidth;
     };
     for (; t + kChains <= n; t += kChains) {
 #pragma GCC unroll 2
-      for (int i = 0; i < kChains; ++i) row(t + i, i);
+      for (int i = 0; i < kChains; ++i) row(i);
     }
-    for (; t < n; ++t) row(t, 0);
+    for (; t < n; ++t) row(0);
     const C over_count = C(1) / C(larger(n, 1));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {

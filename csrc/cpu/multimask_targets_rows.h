@@ -38,8 +38,9 @@ struct RowNorm {
   void measure(const T* x, int64_t width, double eps, double weight) {
     const C over_count = C(1) / C(width);
     mean = sum(width, [&](int64_t i, int64_t count) { return load_first(x + i, count); }) * over_count;
-    const C off =
-        over_count * sum(width, [&](int64_t i, int64_t count) { return only_first<C>(load_first(x + i, count) - mean, count); });
+    const C off = over_count * sum(width, [&](int64_t i, int64_t count) {
+                    return only_first<C>(load_first(x + i, count) - mean, count);
+                  });
     const C squares = sum(width, [&](int64_t i, int64_t count) {
       const V c = only_first<C>(load_first(x + i, count) - mean, count);
       return c * c;

@@ -11,7 +11,7 @@ class InstanceNorm {
   using C = Compute<T>;
   using V = Vec<C>;
   using Part = Slab<T>;
-  static constexpr int kWidth = Part::kWidth, kVectors = Part::kVectors, kLanes = Part::kLanes;
+  static constexpr int kWidth = Part::kWidth, kVectors = Part::kVectorCount, kLanes = Part::kLanes;
 
   // So many layers are added at once, while they are in the first cache.
   static constexpr int kGroup = 2;
@@ -57,8 +57,8 @@ class InstanceNorm {
                 bool streamed) const {
     for (int64_t i = items.begin; i < items.end; ++i) {
       const int64_t b = i / slabs_, from = i % slabs_ * kWidth, left = call_.width - from, n = call_.lengths[b];
-      typename Slab<C>::Moments of_grad;
-      if (n > 0) Slab<C>::read(grad.row(b, 0) + from, grad.token, n, left, room.sum, of_grad, {});
+      typename Slab<C, kVectors>::Moments of_grad;
+      if (n > 0) Slab<C, kVectors>::read(grad.row(b, 0) + from, grad.token, n, left, room.sum, of_grad);
       for (int64_t k = 0; k < call_.count; ++k) {
         T* to = dlayers[k] + b * call_.tokens * call_.width + from;
         if (n > 0) back(room, n, read(i, k, items.end, room.copy, 1), of_grad.mean, to, left, streamed);
@@ -73,17 +73,12 @@ class InstanceNorm {
 
   // Copies layer k's slab i, and asks for the one that comes `ahead` reads later.
   Norm read(int64_t i, int64_t k, int64_t end, T* copy, int64_t ahead) const {
-    const int64_t from = i % slabs_ * kWidth, left = call_.width - from, size = sizeof(T);
+    const int64_t b = i / slabs_, from = i % slabs_ * kWidth, left = call_.width - from;
     int64_t next = i, layer = k + ahead;
-    if (layer >= call_.count) ++next, layer -= call_.count;
-    Ahead later;
-    if (next < end && layer < call_.count) {
-      const MaskTensor<const T>& x = call_.layers[layer];
-      const int64_t at = next % slabs_ * kWidth;
-      later = {reinterpret_cast<const char*>(x.row(next / slabs_, 0) + at), x.token * size,
-               smaller(kWidth, call_.width - at) * size, call_.lengths[next / slabs_]};
-    }
-    const int64_t b = i / slabs_;
+    if (layer >= call_.count) next = i + 1 < end ? i + 1 : i, layer = smaller(layer - call_.count, call_.count - 1);
+    const MaskTensor<const T>& x = call_.layers[layer];
+    const Ahead later{reinterpret_cast<const char*>(x.row(next / slabs_, 0) + next % slabs_ * kWidth),
+                      x.token * int64_t(sizeof(T))};
     typename Part::Moments moments;
     Part::read(call_.layers[k].row(b, 0) + from, call_.layers[k].token, call_.lengths[b], left, copy, moments, later);
     return Norm(moments, call_.eps, call_.weight);
@@ -107,10 +102,17 @@ class InstanceNorm {
   // to = before + what is normalised of G layers.
   template <int G>
   void add_layers(const T* copy, int64_t n, const Norm* norms, const Sum& sum, int64_t left) const {
-    left >= kWidth ? add_rows<G, true>(copy, n, norms, sum, left) : add_rows<G, false>(copy, n, norms, sum, left);
+    if (left < kWidth) return add_rows<G, false, true, false>(copy, n, norms, sum, left);
+    if (sum.streamed) {
+      sum.before ? add_rows<G, true, true, true>(copy, n, norms, sum, left)
+                 : add_rows<G, true, false, true>(copy, n, norms, sum, left);
+    } else {
+      sum.before ? add_rows<G, true, true, false>(copy, n, norms, sum, left)
+                 : add_rows<G, true, false, false>(copy, n, norms, sum, left);
+    }
   }
 
-  template <int G, bool kWhole>
+  template <int G, bool kWhole, bool kBefore, bool kStream>
   void add_rows(const T* copy, int64_t n, const Norm* norms, const Sum sum, int64_t left) const {
     V mean[G][kVectors], scale[G][kVectors], bias[kVectors] = {};
     for (int g = 0; g < G; ++g)
@@ -120,17 +122,21 @@ class InstanceNorm {
         bias[v] += load(norms[g].bias + v * kLanes);
       }
     const int64_t layer = call_.tokens * kWidth;
+    const C* before = sum.before;
+    C* to = sum.to;
     for (int64_t t = 0; t < n; ++t) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = v * kLanes, count = kWhole ? kLanes : left - c;
         if (count <= 0) break;
         V total = bias[v];
-        if (sum.before) total += load_first(sum.before + t * sum.before_stride + c, count);
+        if (kBefore && (kWhole || before)) total += load_first(before + c, count);
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) total += (load(copy + g * layer + t * kWidth + c) - mean[g][v]) * scale[g][v];
-        put(sum.streamed, sum.to + t * sum.stride + c, total, count);
+        for (int g = 0; g < G; ++g) total += (load(copy + g * layer + c) - mean[g][v]) * scale[g][v];
+        kStream ? stream(to + c, total) : store_first(to + c, total, count);
       }
+      copy += kWidth, to += sum.stride;
+      if (kBefore && (kWhole || before)) before += sum.before_stride;
     }
   }
 

@@ -82,7 +82,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
   for (int64_t i = int64_t{block_index_x()} * lanes + of_lanes; i < rows && mine; i += step) {
     const int64_t sample = i / p.tokens, token = i - sample * p.tokens, row0 = sample * p.masks;
     const bool here = token < clamped_length(p.lengths, sample, p.tokens);
-    float y[N] = {}, dy[N] = {}, sum = 0.0f;
+    float y[N] = {}, dy[N] = {}, sum[N / 4] = {};
     int of_token = 0;
     if (here) read_floats<N, Vector>(y, token_of<float>(p.target, sample, token) + column, left);
     for (int first = 0; first < p.masks; first += kAhead) {
@@ -105,7 +105,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
           for (int j = 0; j < N; ++j) {
             // Past the end of a row both are zero, and so is what that counts.
             const float d = x[j] - y[j];
-            sum += distance_of(d, p.kind, p.beta);
+            sum[j / 4] += distance_of(d, p.kind, p.beta);
             dx[j] = gradient * slope_of(d, p.kind, p.beta);
             if constexpr (!WithMoments) dy[j] -= dx[j];
           }
@@ -130,8 +130,12 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
     if constexpr (!WithMoments) {
       if (p.dtarget) write_floats<N, Vector>(p.dtarget + i * p.width + column, dy, left);
     }
-    total += sum;
+    // By fours, so that the loss is the same with moments.
+    PYEFF_UNROLL
+    for (int j = 0; j < N / 4; ++j) total += sum[j];
     if constexpr (WithMoments) {
+      // What is hidden from nobody may be anything.
+      if (of_token == 0) continue;
       const double count = of_token;
       hidden += count;
       PYEFF_UNROLL

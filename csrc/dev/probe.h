@@ -45,6 +45,9 @@ PYEFF_FOR_EACH_ISA(
     // Through a register of the compute type, at most a vector of it.
     void copy_first(Number number, const void* from, void* to, int64_t count);
     int lanes_of(Number number);
+    // Words of Philox4x32 with 7 or 10 rounds, in the order of the counters from `first` on; count is a multiple of 64.
+    void philox_words(int rounds, uint64_t key, uint32_t first, uint32_t second, uint64_t last, int64_t count,
+                      uint32_t* out);
 
     int64_t panels_bytes(Number number, int vectors, int64_t n, int64_t k);
     // From a matrix [n, k] whose rows are `row_stride` apart; `scale` [k] has its type, or is null.

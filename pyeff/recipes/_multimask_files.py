@@ -140,5 +140,8 @@ def optimizer_state(
             raise ValueError(
                 f"{os.fspath(path)}: {name} has shape {list(value.shape)}, expected {list(parameters[place].shape)}"
             )
+        if isinstance(value, Tensor) and value.dim():
+            # Files are contiguous, moments have their parameter's strides; fused optimizers do not look.
+            value = torch.empty_like(parameters[place], dtype=value.dtype, device="cpu").copy_(value)
         state.setdefault(place, {})[what] = value
     return {"state": state, "param_groups": own["param_groups"]}

@@ -15,7 +15,7 @@ def adamw(named: Sequence[tuple[str, nn.Parameter]], settings: Settings) -> torc
     """AdamW, with weight decay for matrices only."""
     device = named[0][1].device
     rest: dict[str, Any] = {
-        "lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": device.type == "cuda",
+        "lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": device.type in ("cpu", "cuda"),
     }  # fmt: skip
     if device.type == "cuda":
         # A number on the device may change between replays of a graph.

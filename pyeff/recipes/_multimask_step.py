@@ -32,9 +32,9 @@ class Engine:
         self.parts, self.settings, self.device = parts, settings, device
         self.rank, self.world = place()
         self.students = Students(parts, decoder, settings.noise_std, settings.positions)
-        trained = [(n, p) for n, p in self.students.named_parameters() if p.requires_grad]
         self.idle = set(idle_parameters(self.students))
-        self.named = [(n, p) for n, p in trained if n not in self.idle]
+        named = self.students.named_parameters()
+        self.named = [(n, p) for n, p in named if p.requires_grad and n not in self.idle]
         if not self.named:
             raise ValueError("model has no parameters that require a gradient, expected some to train")
         if compiled:
@@ -44,10 +44,12 @@ class Engine:
             parallel = nn.parallel.DistributedDataParallel
             parallel._set_params_and_buffers_to_ignore_for_model(self.students, sorted(self.idle))
             self.call = parallel(self.students, broadcast_buffers=False, gradient_as_bucket_view=True)
-            # What is not trained is not sent around by DDP, either.
-            for t in (*self.students.parameters(), *self.students.buffers()):
-                if not t.requires_grad:
-                    torch.distributed.broadcast(t.data, 0)
+            # DDP sends around what it trains; the teacher averages the rest, too.
+            trained = {id(p) for _, p in self.named}
+            for module in (parts.base, decoder):
+                for t in (*module.parameters(), *module.buffers()):
+                    if id(t) not in trained:
+                        torch.distributed.broadcast(t.data, 0)
         # After that: all processes start from the parameters of the first.
         self.teacher = EMATeacher(
             parts.base, decay=settings.ema_decay, end_decay=settings.ema_end, steps=settings.ema_steps,

@@ -30,7 +30,7 @@ from pyeff.recipes._multimask_adapters import (
     repeat_interleave_batch,
     vjepa_loss,
 )
-from pyeff.recipes._multimask_data import Collate, prepare
+from pyeff.recipes._multimask_data import Batch, Collate, prepare
 from pyeff.recipes._multimask_models import find_parts, make_decoder
 from pyeff.recipes._multimask_optim import Rates, adamw, scale_and_clip
 from pyeff.recipes._multimask_progress import CollapseWarning, Meter
@@ -249,10 +249,20 @@ class Pretrainer:
             raise ValueError(f"batch has {placed.size} samples, expected at least accumulate, {s.accumulate}")
         engine.seed.fill_((engine.key + self.steps_done) % 2**63)
         self._last_rate = self._rates.set(self._schedule(self.steps_done))
+        with engine.random(self.steps_done):
+            loss, norm, moments = self._compute(placed, statistics)
+        self.steps_done += 1
+        self.samples_done += placed.size * engine.world
+        self._meter.add(loss, norm, moments, placed.size * engine.world)
+        return loss
+
+    def _compute(self, placed: Batch, statistics: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(loss, norm of the gradient, moments) of a step on the device, from tensors that are there: nothing in here
+        asks the host, and it may be captured in a CUDA graph."""
+        engine, s = self._engine, self.settings
         divisor, exact = engine.divisor(placed)
         self.optimizer.zero_grad(set_to_none=True)
-        with engine.random(self.steps_done):
-            sums, moments = engine.accumulate(placed.split(s.accumulate), divisor, self._scaler, statistics)
+        sums, moments = engine.accumulate(placed.split(s.accumulate), divisor, self._scaler, statistics)
         loss, factor = engine.correction(sums, divisor)
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
@@ -263,10 +273,7 @@ class Pretrainer:
             self._scaler.step(self.optimizer)
             self._scaler.update()
         engine.teacher.update(self.parts.base)
-        self.steps_done += 1
-        self.samples_done += placed.size * engine.world
-        self._meter.add(loss, norm, moments, placed.size * engine.world)
-        return loss
+        return loss, norm, moments
 
     def metrics(self) -> dict[str, float]:
         """The means since this was last asked for; waits for the device, and every process has to ask.

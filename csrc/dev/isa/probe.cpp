@@ -3,6 +3,7 @@
 #include "cpu/dot.h"
 #include "cpu/gemm.h"
 #include "cpu/math.h"
+#include "cpu/philox.h"
 
 namespace pyeff {
 namespace PYEFF_ISA {
@@ -97,6 +98,15 @@ void copy_first(Number number, const void* from, void* to, int64_t count) {
     using T = decltype(type);
     store_first(static_cast<T*>(to), load_first(static_cast<const T*>(from), count), count);
   });
+}
+
+void philox_words(int rounds, uint64_t key, uint32_t first, uint32_t second, uint64_t last, int64_t count,
+                  uint32_t* out) {
+  const auto run = [=](const auto& philox) {
+    for (int64_t at = 0; at < count; at += kPhiloxStep)
+      philox_step(philox, first + uint32_t(at / 4), {second, last}, out + at);
+  };
+  rounds == 7 ? run(Philox<7>(key)) : run(Philox<10>(key));
 }
 
 int lanes_of(Number number) {
