@@ -174,7 +174,7 @@ BAD = {
     "decay true": ({"decay": lambda d: True}, "decay is True", "from 0 to 1"),
     "decay a string": ({"decay": lambda d: "0.5"}, "decay is '0.5'", "from 0 to 1"),
     "decay of float32": ({"decay": lambda d: torch.tensor(0.5)}, "decay is torch.float32", "float64"),
-    "decays": ({"decay": lambda d: torch.ones(2, dtype=torch.float64)}, "decay is torch.float64 [2]", "expected a number"),
+    "decays": ({"decay": lambda d: torch.ones(2, dtype=torch.float64)}, "decay is torch.float64 [2]", "a number"),
     "decay elsewhere": (
         {"decay": lambda d: torch.ones((), dtype=torch.float64, device="meta")}, "decay is", "meta", "expected",
     ),
