@@ -126,7 +126,7 @@ def _ema(ema, params, decay, copies, *, backend=""):
     with torch.no_grad():
         ema, params, copies = ([t.detach() for t in given] for given in (ema, params, copies))
         # The kernels know what they know of each; one tensor of another dtype is for the reference.
-        unusual = (t for t in (*ema, *params, *copies) if t.dtype in (torch.float16, torch.float64))
+        unusual = (t for dtype in (torch.float16, torch.float64) for t in (*ema, *params, *copies) if t.dtype == dtype)
         like = next(unusual, ema[0])
         chosen = kernels.choose(op, like, 0, backend, "")
         if chosen == "reference":
