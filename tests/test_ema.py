@@ -36,7 +36,10 @@ def check(ema, params, decay, copies=None, what="") -> None:
     for i, (found, expected) in enumerate(zip(ema, same, strict=True)):
         helpers.assert_three_way(f"ema[{i}] {what}", found, expected, truth[i], 1)
         if copies is not None:
-            helpers.assert_three_way(f"copies[{i}] {what}", copies[i], same_copies[i], truth[i], 1)
+            # A copy in a wider dtype has no more digits than the average.
+            narrow = min(copies[i].dtype, found.dtype, key=lambda d: d.itemsize)
+            a, b = copies[i].to(narrow), same_copies[i].to(narrow)
+            helpers.assert_three_way(f"copies[{i}] {what}", a, b, truth[i], 1)
 
 
 @dtypes
