@@ -38,6 +38,6 @@ int main() {
   line("multimask_loss_channels<*, true>", kThreads, kThreads * 4 * static_cast<int>(sizeof(double)));
   line("multimask_loss_tokens<*, true>", kThreads, kLossShared);
   line("multimask_loss_tokens<*, false>", kThreads, TokenTile<float, true, false>::kShared + kLossShared);
-  line("multimask_loss_total", kThreads, kLossShared);
-  line("multimask_loss_moments", kThreads, kMomentsShared);
+  line("multimask_loss_total<*", kThreads, kLossShared);
+  line("multimask_loss_moments<*", kThreads, kMomentsShared);
 }
