@@ -17,7 +17,7 @@ _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 _HALF, _BATCH, _MASKS, _SLOTS, _WIDTH = torch.bfloat16, 8, 16, 40, 768
 
 
-def aot_cases(archs: Sequence[int]) -> Iterator[AotCase]:
+def collect(archs: Sequence[int]) -> Iterator[AotCase]:
     """The calls are made with tensors that have no memory, and their launches collected."""
     known = set()
     for arch in archs:

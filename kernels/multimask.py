@@ -355,4 +355,4 @@ def aot_cases(archs: Sequence[int] = ARCHITECTURES) -> Iterator[Any]:
     """Every kernel in every configuration, as calls would compile it; see _multimask_cases.py."""
     from . import _multimask_cases
 
-    return _multimask_cases.aot_cases(archs)
+    return _multimask_cases.collect(archs)
