@@ -208,7 +208,9 @@ def launches(folder: Path = LAUNCHES) -> dict[str, Launched]:
     with tempfile.TemporaryDirectory() as scratch:
         for source in sorted(folder.glob("*.cpp")):
             program = Path(scratch) / source.stem
-            command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+            # Kernels that are no templates are compiled, too, and never called: what they need is not there.
+            lean = ["-ffunction-sections", "-Wl,--gc-sections"]
+            command = [compiler, "-std=c++17", *lean, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
             built = subprocess.run(command, capture_output=True, text=True, check=False)
             if built.returncode:
                 raise RuntimeError(f"{source} does not compile: {built.stderr[-2000:]}")
