@@ -149,6 +149,17 @@ def test_new_masks_in_place():
         assert all(torch.equal(a, b) for a, b in zip(parts(plan), before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_are_copied(dtype):
+    """What a plan is made of stays the caller's: neither changes with the other."""
+    lengths, mask = torch.tensor([9, 5], dtype=dtype), torch.rand(2, 3, 9) < 0.5
+    plan = MaskPlan.from_mask(mask, lengths, width=9)
+    plan.copy_(MaskPlan.from_mask(mask, torch.tensor([4, 3]), width=9))
+    assert lengths.tolist() == [9, 5]
+    lengths.zero_()
+    assert plan.lengths.tolist() == [4, 3]
+
+
 def test_on_another_device():
     plan = make_plan().with_prefix(1)
     meta = plan.to("meta")
