@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyeff import ops, reference
 from pyeff.ops import _multimask_kernels as kernels
 
+from . import multimask_others as others
 from . import multimask_paper as paper
 from . import ours
 from .compiled import compiled
+from .multimask_others import with_grads
 from .registry import Call, Contender, Unavailable
 
 if TYPE_CHECKING:
@@ -27,13 +26,6 @@ DECAY, NOISE, SEED = 0.9999, 0.01, 1
 # How many of the averages are held against the oracle.
 COMPARED = 12
 Forward = Callable[..., Sequence[Tensor]]
-
-
-def _with_grads(s: Inputs, outputs: Sequence[Tensor], leaf: Tensor) -> Sequence[Tensor]:
-    """The outputs, and in training the gradient of what they were made of."""
-    if not leaf.requires_grad:
-        return outputs
-    return (*outputs, *torch.autograd.grad(outputs[0], leaf, s.tensors.get("grad")))
 
 
 def _averages(s: Inputs) -> list[Tensor]:
@@ -58,12 +50,12 @@ def _targets(where, s: Inputs, wrap, averages) -> Call:
 
 def _gather(where, s: Inputs, wrap, averages) -> Call:
     function = wrap(where.multimask_gather)
-    return lambda: _with_grads(s, (function(s.x, s.plan),), s.x)
+    return lambda: with_grads(s, (function(s.x, s.plan),), s.x)
 
 
 def _scatter(where, s: Inputs, wrap, averages) -> Call:
     function = wrap(where.multimask_scatter)
-    return lambda: _with_grads(s, (function(s.x, s.plan, noise_std=NOISE, seed=SEED),), s.x)
+    return lambda: with_grads(s, (function(s.x, s.plan, noise_std=NOISE, seed=SEED),), s.x)
 
 
 def _loss(where, s: Inputs, wrap, averages) -> Call:
@@ -77,7 +69,7 @@ def _loss(where, s: Inputs, wrap, averages) -> Call:
 
     def call() -> Sequence[Tensor]:
         loss, *spreads = function(s.pred, s.target, s.plan)
-        return (*_with_grads(s, (loss,), s.pred), *spreads)
+        return (*with_grads(s, (loss,), s.pred), *spreads)
 
     return call
 
@@ -85,7 +77,7 @@ def _loss(where, s: Inputs, wrap, averages) -> Call:
 def _bias(where, s: Inputs, wrap, averages) -> Call:
     to = s.tensors["grad"].dtype if "grad" in s.tensors else torch.float32
     function = wrap(where.multimask_relative_bias)
-    return lambda: _with_grads(s, (function(s.plan, s.slopes, s.scale, dtype=to),), s.scale)
+    return lambda: with_grads(s, (function(s.plan, s.slopes, s.scale, dtype=to),), s.scale)
 
 
 def _mask(where, s: Inputs, wrap, averages) -> Call:
@@ -214,14 +206,14 @@ def _paper(s: Inputs, wrap: Callable[[Callable], Callable], averages: list | Non
         return lambda: (function(s.layers, "instance", setting.post_norm),)
     if op == "multimask_gather":
         function = wrap(paper.gather)
-        return lambda: _with_grads(s, (function(s.x, setting.masks, masks.keep),), s.x)
+        return lambda: with_grads(s, (function(s.x, setting.masks, masks.keep),), s.x)
     if op == "multimask_scatter":
         function = wrap(paper.scatter)
-        return lambda: _with_grads(s, (function(s.x, masks.restore, NOISE),), s.x)
+        return lambda: with_grads(s, (function(s.x, masks.restore, NOISE),), s.x)
     if op == "multimask_relative_bias":
         function, to = wrap(paper.relative_bias), s.grad.dtype
         sizes = setting.batch, setting.masks, masks.keep, setting.tokens
-        return lambda: _with_grads(s, (function(s.slopes, s.scale, *sizes).to(to),), s.scale)
+        return lambda: with_grads(s, (function(s.slopes, s.scale, *sizes).to(to),), s.scale)
     if op == "multimask_loss":
 
         def one(pred: Tensor, target: Tensor, hidden: Tensor) -> Sequence[Tensor]:
@@ -232,7 +224,7 @@ def _paper(s: Inputs, wrap: Callable[[Callable], Callable], averages: list | Non
 
         def call() -> Sequence[Tensor]:
             loss, *more = function(s.pred, s.target, masks.hidden)
-            return (*_with_grads(s, (loss,), s.pred), *more)
+            return (*with_grads(s, (loss,), s.pred), *more)
 
         return call
     average = wrap(paper.ema_update_)
@@ -266,102 +258,6 @@ def _paper(s: Inputs, wrap: Callable[[Callable], Callable], averages: list | Non
     return step
 
 
-def _flat(s: Inputs) -> Tensor:
-    """[R K] int64: where the kept tokens are among all tokens of all samples."""
-    sample = torch.arange(s.plan.rows, device=s.x.device) // s.plan.masks
-    return (s.plan.ids_keep.long() + sample[:, None] * s.plan.tokens).flatten()
-
-
-def _rows(function: Callable[[Tensor, Tensor], Tensor], sets: Sequence[Inputs]) -> list[Call]:
-    """A way to take rows of a table, as a gather."""
-
-    def one(s: Inputs) -> Call:
-        index, shape = _flat(s), (s.setting.rows, s.setting.kept, s.setting.width)
-        return lambda: _with_grads(s, (function(s.x.flatten(0, 1), index).view(shape),), s.x)
-
-    return _tried([one(s) for s in sets])
-
-
-def index_select(sets: Sequence[Inputs]) -> list[Call]:
-    return _rows(lambda x, index: x.index_select(0, index), sets)
-
-
-def embedding(sets: Sequence[Inputs]) -> list[Call]:
-    return _rows(lambda x, index: F.embedding(index, x), sets)
-
-
-def xformers(sets: Sequence[Inputs]) -> list[Call]:
-    select = _installed("xformers.ops").index_select_cat
-    return _rows(lambda x, index: select([x], [index]), sets)
-
-
-def fbgemm(sets: Sequence[Inputs]) -> list[Call]:
-    _installed("fbgemm_gpu")
-
-    def select(x: Tensor, index: Tensor) -> Tensor:
-        return torch.ops.fbgemm.jagged_index_select(x, torch.ones_like(x[:, 0], dtype=torch.int64), index)[0]
-
-    return _rows(select, sets)
-
-
-def ijepa(sets: Sequence[Inputs]) -> list[Call]:
-    """I-JEPA's helper, written anew: one gather for each mask, put behind each other; rows are mask by mask."""
-
-    def one(s: Inputs) -> Call:
-        setting = s.setting
-        each = s.plan.ids_keep.long().view(setting.batch, setting.masks, -1).unbind(1)
-        # Its rows have an order of their own, and so has what comes from above.
-        above = s.grad.unflatten(0, (setting.batch, -1)).transpose(0, 1).flatten(0, 1) if s.x.requires_grad else None
-
-        def call() -> Sequence[Tensor]:
-            out = torch.cat([torch.gather(s.x, 1, ids[..., None].repeat(1, 1, setting.width)) for ids in each])
-            grads = () if above is None else torch.autograd.grad(out, s.x, above)
-            return (out.unflatten(0, (setting.masks, -1)).transpose(0, 1), *grads)
-
-        return call
-
-    return [one(s) for s in sets]
-
-
-def ijepa_loss(sets: Sequence[Inputs]) -> list[Call]:
-    """Targets repeated as I-JEPA's repeat_interleave_batch does, both gathered at hidden tokens, one mean square."""
-
-    def one(s: Inputs) -> Call:
-        setting = s.setting
-        batch, masks, tokens, width = setting.batch, setting.masks, setting.tokens, setting.width
-        hidden = s.plan.hidden().flatten(0, 1).nonzero()[:, 1].view(batch, masks, -1).transpose(0, 1).contiguous()
-        index = hidden[..., None].expand(-1, -1, -1, width)
-
-        def call() -> Sequence[Tensor]:
-            repeated = torch.cat([s.target for _ in range(masks)]).view(masks, batch, tokens, width)
-            y = torch.gather(repeated, 2, index).float()
-            x = torch.gather(s.pred.view(batch, masks, tokens, width).transpose(0, 1), 2, index).float()
-            loss = F.mse_loss(x, y, reduction="sum") * width**-0.5
-            spreads = [paper.spread(t.detach().reshape(-1, width)) for t in (y, x)] if s.moments else []
-            return (*_with_grads(s, (loss,), s.pred), *spreads)
-
-        return call
-
-    return [one(s) for s in sets]
-
-
-def nested(sets: Sequence[Inputs]) -> list[Call]:
-    """A jagged nested tensor of what each row keeps, padded."""
-
-    def one(s: Inputs) -> Call:
-        index, lengths = _flat(s), s.plan.keep_len.long()
-        offsets, most = F.pad(lengths.cumsum(0), (1, 0)), s.setting.kept
-
-        def call() -> Sequence[Tensor]:
-            values = s.x.flatten(0, 1).index_select(0, index)
-            jagged = torch.nested.nested_tensor_from_jagged(values, offsets, min_seqlen=most, max_seqlen=most)
-            return _with_grads(s, (jagged.to_padded_tensor(0.0),), s.x)
-
-        return call
-
-    return _tried([one(s) for s in sets])
-
-
 def lerp(sets: Sequence[Inputs]) -> list[Call]:
     """torch's one function for it, which takes averages and parameters of one dtype."""
     if sets[0].copies is not None:
@@ -377,34 +273,17 @@ def lerp(sets: Sequence[Inputs]) -> list[Call]:
     return _each(sets, one)
 
 
-def _installed(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # a package for a GPU may fail in many ways where there is none
-        raise Unavailable(f"{name} cannot be imported: {str(error).splitlines()[0][:120]}") from error
-
-
-def _tried(calls: list[Call]) -> list[Call]:
-    """The calls, if the first one works: other packages refuse a dtype or a device by errors of their own."""
-    try:
-        calls[0]()
-    except Exception as error:
-        message = (str(error).strip().splitlines() or [""])[0]
-        raise Unavailable(f"it refuses the call: {type(error).__name__}: {message[:160]}") from error
-    return calls
-
-
 _ABOUT = "pyeff.ops"
 _OTHERS: dict[str, tuple[tuple[str, str, Callable[[Sequence[Any]], list[Call]]], ...]] = {
     "multimask_gather": (
-        ("I-JEPA", "I-JEPA's apply_masks, one gather for each mask", ijepa),
-        ("index_sel", "torch.index_select of all samples' tokens as one table", index_select),
-        ("embedding", "the same by torch.nn.functional.embedding", embedding),
-        ("nested", "index_select into a jagged torch.nested tensor, padded", nested),
-        ("xformers", "xformers.ops.index_select_cat", xformers),
-        ("FBGEMM", "torch.ops.fbgemm.jagged_index_select", fbgemm),
+        ("I-JEPA", "I-JEPA's apply_masks, one gather for each mask", others.ijepa),
+        ("index_sel", "torch.index_select of all samples' tokens as one table", others.index_select),
+        ("embedding", "the same by torch.nn.functional.embedding", others.embedding),
+        ("nested", "index_select into a jagged torch.nested tensor, padded", others.nested),
+        ("xformers", "xformers.ops.index_select_cat", others.xformers),
+        ("FBGEMM", "torch.ops.fbgemm.jagged_index_select", others.fbgemm),
     ),
-    "multimask_loss": (("I-JEPA", "I-JEPA's repeat_interleave_batch and gathers at hidden tokens", ijepa_loss),),
+    "multimask_loss": (("I-JEPA", "I-JEPA's repeat_interleave_batch and gathers at hidden tokens", others.ijepa_loss),),
     "ema_update_": (("lerp", "torch._foreach_lerp_", lerp),),
 }
 

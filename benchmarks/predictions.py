@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import model, plans, read_plan, ticket_plan
+from . import model, multimask_plan, plans, read_plan, ticket_plan
 from .gpus import CARDS, Card
 from .model import Prediction
 from .plans import Family
@@ -21,7 +21,10 @@ from .registry import FORWARD, TRAINING, matches
 from .report import Table, fill_marked, seconds
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = {"read": read_plan.FAMILY, "ticket": ticket_plan.FAMILY}
+# By the name of a row, or one of a row's operations.
+FAMILIES = {"read": read_plan.FAMILY, "ticket": ticket_plan.FAMILY} | {
+    f"multimask/{op}": family for op, family in multimask_plan.FAMILIES.items()
+}
 BACKENDS = ("triton", "cuda")
 MARKED = re.compile(r"(<!-- predict:(\w+)([^>]*?) -->\n).*?(<!-- /predict -->)", re.S)
 HEADING = "PREDICTION, not a measurement"
@@ -84,9 +87,10 @@ def families(op: str | None) -> list[Family]:
     Raises:
         ValueError: there are no predictions for it.
     """
-    found = [family for stem, family in FAMILIES.items() if op in (None, stem, family.op)]
+    found = [family for stem, family in FAMILIES.items() if op in (None, stem.partition("/")[0], family.op)]
     if not found:
-        raise ValueError(f"there are no predictions for {op!r}, only for {', '.join(FAMILIES)}")
+        rows = dict.fromkeys(stem.partition("/")[0] for stem in FAMILIES)
+        raise ValueError(f"there are no predictions for {op!r}, only for {', '.join(rows)}")
     return found
 
 

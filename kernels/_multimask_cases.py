@@ -45,7 +45,7 @@ def _call_all(on: list[Launch]) -> None:
     multimask.gather_backward(kept, inverse, whole)
     multimask.scatter(kept, inverse, lengths, whole, one, one, 0.01, wide)
     multimask.scatter_backward(wide, ids, counts, inverse, lengths, none, whole[:1])
-    for size, norm, post in ((196, 1, 2), (1000, 1, 1), (2000, 1, 0)):
+    for size, norm, post in ((196, 1, 2), (500, 1, 0), (1000, 1, 1), (2000, 1, 0)):
         layers = [_empty(_BATCH, size, _WIDTH)] * 2
         out = _empty(_BATCH, size, _WIDTH, kind=torch.float32)
         multimask.targets(layers, lengths, norm, post, 1e-5, 0.5, False, out)

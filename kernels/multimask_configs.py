@@ -12,7 +12,7 @@ from . import configs
 from .configs import INTERPRETER, Config
 
 # Tokens that a program of ``whole`` holds, and the channels beside them.
-WHOLE = (256, 1024)
+WHOLE = (256, 512, 1024)
 # Channels of a token that a program of ``rows`` holds.
 ROW = 1024
 # Tokens of a mask that one program holds.
@@ -23,7 +23,9 @@ _CONFIGS: dict[str, Config] = {
     "multimask_sum": Config("rows", {"BLOCK_T": 4, "BLOCK_C": 256}, 4, 1),
     "multimask_scatter": Config("row", {"BLOCK_C": 256}, 2, 1),
     "multimask_add": Config("columns", {"BLOCK_P": 64, "BLOCK_N": 64}, 8, 1),
+    "multimask_add_few": Config("columns", {"BLOCK_P": 512, "BLOCK_N": 16}, 8, 1),
     "multimask_whole256": Config("sample", {"BLOCK_T": 256, "BLOCK_C": 32}, 8, 1),
+    "multimask_whole512": Config("sample", {"BLOCK_T": 512, "BLOCK_C": 32}, 16, 1),
     "multimask_whole1024": Config("sample", {"BLOCK_T": 1024, "BLOCK_C": 16}, 16, 1),
     "multimask_statistics": Config("columns", {"BLOCK_T": 64, "BLOCK_C": 64}, 8, 1),
     "multimask_apply": Config("tile", {"BLOCK_T": 8, "BLOCK_C": 256}, 8, 1),

@@ -207,8 +207,8 @@ def make_bias(
 
 
 MAKERS = {
-    "multimask_gather": make_gather, "multimask_scatter": lambda **more: make_scatter(fill="BTD", **more), "multimask_targets": make_targets,
-    "multimask_loss": make_loss, "multimask_relative_bias": make_bias,
+    "multimask_gather": make_gather, "multimask_scatter": lambda **more: make_scatter(fill="BTD", **more),
+    "multimask_targets": make_targets, "multimask_loss": make_loss, "multimask_relative_bias": make_bias,
 }  # fmt: skip
 
 
@@ -382,3 +382,12 @@ def _sizes_of_loss(call: Call, grad_out: Tensor | None) -> dict[str, float]:
         each *= factor * _largest(grad_out)
         found |= {"pred": each, "target": each * math.sqrt(plan.masks)}
     return found
+
+
+def refusal(function: Callable[[], object]) -> str:
+    """What a call is refused with; nothing where it is not."""
+    try:
+        function()
+    except (ValueError, RuntimeError, IndexError) as error:
+        return str(error)
+    return ""

@@ -159,7 +159,8 @@ BAD = {
     "lengths too long": ({"lengths": torch.tensor([9, 10])}, "lengths has values outside of 0 to 9"),
     "lengths of a grid": ({"shape": (3, 3), "lengths": torch.tensor([9, 9])}, "lengths was given", "none but for (T,)"),
     "names elsewhere": (
-        {"sample_ids": torch.zeros(2, dtype=torch.int64, device="meta"), "device": "cpu"}, "sample_ids is", "meta", "cpu",
+        {"sample_ids": torch.zeros(2, dtype=torch.int64, device="meta"), "device": "cpu"},
+        "sample_ids is", "meta", "cpu",
     ),
 }  # fmt: skip
 

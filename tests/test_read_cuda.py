@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch.autograd import DeviceType
 
 import pyeff
 from benchmarks import memory
 from tests import helpers
+from tests.cuda_steps import Step, captured, fill_free_memory, launched, need_memory
 from tests.helpers import CELLS, make_read
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-Step = Callable[[], list[torch.Tensor]]
 
 
 def training_step(call: helpers.Read, names=None, **extra) -> tuple[Step, dict[str, torch.Tensor]]:
@@ -32,20 +29,6 @@ def training_step(call: helpers.Read, names=None, **extra) -> tuple[Step, dict[s
         return [out.detach(), *(torch.autograd.grad(out, wanted, grad_out) if wanted else ())]
 
     return step, {**leaves.tensors, "grad_out": grad_out}
-
-
-def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
-    """The graph of a step and the memory of its results; after the warm-up on another stream that torch asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
 
 
 @dtypes
@@ -125,21 +108,6 @@ def test_a_device_that_is_not_the_current_one(gpu_kernels, cell):
         call()
 
 
-def launched(step: Step) -> list[str]:
-    """The names of the kernels that a step launches."""
-    torch.utils.deterministic.fill_uninitialized_memory = False  # the suite's own kernels; the fixture puts it back
-    step()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        torch.cuda.synchronize()
-    events = [e.name for e in profile.events() if e.device_type == DeviceType.CUDA]
-    if not events:
-        pytest.skip("torch's profiler sees no kernel here")
-    return events
-
-
 @pytest.mark.parametrize("cell", CELLS)
 def test_number_of_launches(gpu_kernels, cell):
     """Three kernels forward, and none for each layer, forward or backward."""
@@ -151,14 +119,6 @@ def test_number_of_launches(gpu_kernels, cell):
         weights = [name for name in call.tensors if not name.startswith("phi")]
         counts.append((len(forward), len(launched(training_step(call, weights)[0]))))
     assert counts[0] == counts[1]
-
-
-def fill_free_memory(pattern: int) -> None:
-    """Leaves ``pattern`` in what torch's allocator hands out next: one large block, and many small ones."""
-    torch.cuda.empty_cache()
-    blocks = [torch.full((size,), pattern, dtype=torch.uint8) for size in (256 << 20, *(1 << 19,) * 64)]
-    torch.cuda.synchronize()
-    del blocks
 
 
 @dtypes
@@ -199,12 +159,6 @@ def test_less_memory_than_the_definition(gpu_kernels, cell, dtype):
             found[name] = memory.saved_and_peak(step, tensors.values(), "cuda")[:2]
     assert found[gpu_kernels][0] < found["reference"][0]
     assert found[gpu_kernels][1] < found["reference"][1]
-
-
-def need_memory(free: float) -> None:
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < free:
-        pytest.skip(f"needs {free / 1e9:.0f} GB of free device memory")
 
 
 def check_tail(call: helpers.Read, names: list[str]) -> None:

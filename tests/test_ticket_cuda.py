@@ -9,7 +9,7 @@ import pyeff
 from benchmarks import memory
 from pyeff import Ticket
 from tests import helpers
-from tests.test_read_cuda import Step, captured, fill_free_memory, launched, need_memory
+from tests.cuda_steps import Step, captured, fill_free_memory, launched, need_memory
 from tests.ticket_calls import ACTIVATIONS, TENSORS, TicketCall, check_call, make_call, make_ticket, random_blocks
 
 OPERATION = "ticket_linear"

@@ -115,7 +115,7 @@ struct LossRows {
           loss[r] += distance.value(d);
           if (g.dx[r] || dy) {
             const V slope = g.factor[r] * distance.slope(d);
-            if (dy) slopes[v] -= slope;
+            if (dy) slopes[v] += negative(slope);
             if (g.dx[r]) put<kWhole>(g.dx[r] + at, slope, left);
           }
         }
@@ -152,6 +152,11 @@ struct LossRows {
     }
   }
 
+  // By its bits: a difference would be fused with the product, but only where nobody asks for the product itself.
+  static PYEFF_INLINE V negative(V v) {
+    using Int = typename VectorOf<C>::Int;
+    return bit_cast<V>(Int(bit_cast<Int>(v) ^ bit_cast<Int>(splat<V>(C(-0.0)))));
+  }
   static PYEFF_INLINE void add(double* to, DoubleV v) { store(to, load(to) + v); }
 
   template <bool kWhole>

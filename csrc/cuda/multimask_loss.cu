@@ -102,12 +102,12 @@ const char* multimask_loss(const MultimaskLoss& p, void* base, const Machine& ma
   if (plan.of_loss) {
     const int64_t blocks = plan.tokens ? plan.of_tokens.x : plan.of_channels.x * plan.of_channels.y;
     const MultimaskTotalParams total{plan.of_loss, p.count, p.loss, blocks, 1, p.scale};
-    launches.run("multimask_loss_total", multimask_loss_total, {1}, kThreads, kLossShared, total);
+    launches.run("multimask_loss_total", multimask_loss_total<double>, {1}, kThreads, kLossShared, total);
   }
   if (plan.moments) {
     const int64_t width = 1 + 4 * p.sizes.width;
     const MultimaskTotalParams total{plan.of_moments, nullptr, p.moments, plan.of_channels.x, width, 1.0};
-    launches.run("multimask_loss_moments", multimask_loss_moments, {div_up(width, int64_t{kWarp})}, kThreads,
+    launches.run("multimask_loss_moments", multimask_loss_moments<double>, {div_up(width, int64_t{kWarp})}, kThreads,
                  kMomentsShared, total);
   }
   return launches.error;

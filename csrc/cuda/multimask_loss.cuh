@@ -308,9 +308,10 @@ struct MultimaskTotalParams {
 };
 
 // The blocks' sums in a fixed order.
+template <class Sum>
 PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1)
     multimask_loss_total(const PYEFF_GRID_CONSTANT MultimaskTotalParams p) {
-  double sum = 0.0;
+  Sum sum = 0;
   for (int64_t i = thread_index(); i < p.count; i += kThreads) sum += load(p.partial + i);
   sum = block_total(sum, reinterpret_cast<double*>(shared_memory()));
   if (thread_index() == 0) store(static_cast<float*>(p.to), static_cast<float>(sum * loss_factor(p.of, p.scale)));
@@ -319,18 +320,19 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1)
 constexpr int kMomentsShared = kThreads * static_cast<int>(sizeof(double));
 
 // A lane for each moment, a warp for each share of the blocks.
+template <class Sum>
 PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 1)
     multimask_loss_moments(const PYEFF_GRID_CONSTANT MultimaskTotalParams p) {
   constexpr int kWarps = kThreads / kWarp;
   const int64_t at = int64_t{block_index_x()} * kWarp + lane();
-  double sum = 0.0;
+  Sum sum = 0;
   for (int64_t i = p.count * warp() / kWarps; i < p.count * (warp() + 1) / kWarps && at < p.width; ++i)
     sum += load(p.partial + i * p.width + at);
   double* shared = reinterpret_cast<double*>(shared_memory());
   store_shared(shared + thread_index(), sum);
   barrier();
   if (warp() > 0 || at >= p.width) return;
-  sum = 0.0;
+  sum = 0;
   for (int w = 0; w < kWarps; ++w) sum += load_shared(shared + w * kWarp + lane());
   store(static_cast<double*>(p.to) + at, sum);
 }

@@ -127,7 +127,12 @@ def _block_mask(
     check_tensor(op, "lengths", lengths, (batch,), lengths, torch.int32, "lengths are")
     check_seed(op, seed, lengths)
     check_sample_ids(op, sample_ids, batch, lengths)
-    if min(batch, masks, tokens, length, slots) < 1 or grid_width < 0 or (grid_width and tokens % grid_width):
+    # One by one: which of them is the least is no business of a graph's guards.
+    if (
+        any(n < 1 for n in (batch, masks, tokens, length, slots))
+        or grid_width < 0
+        or (grid_width and tokens % grid_width)
+    ):
         raise ValueError(f"{op}: sizes {(batch, masks, tokens, grid_width, length, slots)} do not fit each other")
     if max(masks, tokens) >= 2**30 or not 0 <= keep <= 1 or not abs(share) < float("inf"):
         raise ValueError(f"{op}: keep is {keep} and share {share}, expected 0 to 1 and a finite number")

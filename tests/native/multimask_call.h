@@ -18,6 +18,14 @@ inline const pyeff::Parallel& threads(int i) {
   return all[i];
 }
 
+constexpr int64_t kNever = INT64_MAX;  // is an output so large that it passes the caches by
+
+inline bool near(double found, double truth, double bound) {
+  if (std::fabs(found - truth) <= bound) return true;
+  std::fprintf(stderr, "found %.9g, expected %.9g (+- %g)\n", found, truth, bound);
+  return false;
+}
+
 // Memory for results: NaN before, guards on both sides, at the alignment of a line or past it by a number.
 class Place {
  public:

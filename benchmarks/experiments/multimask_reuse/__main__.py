@@ -27,7 +27,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--steps", type=int, help="of each training; default: as the settings say")
     parser.add_argument("--quick", action="store_true", help="a minute, to see that it runs; nothing is learnt")
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin no training after that")
+    parser.add_argument("--minutes", type=float, default=25.0, help="begin no training after that")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--quiet-machine", action="store_true", help="nothing else runs here: mark no time as shared")
     parser.add_argument("--only-report", action="store_true", help="only picture and tables, of the result as it is")
