@@ -94,6 +94,19 @@ def test_no_token_and_nothing_kept():
         assert not plan.keep_len.any()
 
 
+def test_no_slot(backend):
+    """A plan of K = 0, as its parts may say."""
+    empty = torch.zeros(4, 0, dtype=torch.int32)
+    plan = MaskPlan(empty, torch.zeros(4, dtype=torch.int32), torch.full((4, 5), -1, dtype=torch.int32),
+                    torch.full((2,), 5, dtype=torch.int32))  # fmt: skip
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    kept = pyeff.ops.multimask_gather(x, plan)
+    assert kept.shape == (4, 0, 3)
+    out = pyeff.ops.multimask_scatter(kept, plan, fill=torch.ones(3), noise_std=0.0)
+    assert torch.equal(out, torch.ones(4, 5, 3))
+    assert not torch.autograd.grad(out.sum() + kept.sum(), x)[0].any()
+
+
 def test_plans_of_ids():
     """In any order, as predictors list them; some do not count; what is padding is not kept."""
     plan = make_plan(2, 3, 13, ragged=False)
