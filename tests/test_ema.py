@@ -178,6 +178,12 @@ BAD = {
     "decay a string": ({"decay": lambda d: "0.5"}, "decay is '0.5'", "from 0 to 1"),
     "decay of float32": ({"decay": lambda d: torch.tensor(0.5)}, "decay is torch.float32", "float64"),
     "decays": ({"decay": lambda d: torch.ones(2, dtype=torch.float64)}, "decay is torch.float64 [2]", "a number"),
+    "a tensor above one": (
+        {"decay": lambda d: torch.tensor(1.5, dtype=torch.float64)}, "decay is 1.5", "from 0 to 1",
+    ),
+    "a tensor that is no number": (
+        {"decay": lambda d: torch.tensor(math.nan, dtype=torch.float64)}, "decay is nan", "from 0 to 1",
+    ),
     "decay elsewhere": (
         {"decay": lambda d: torch.ones((), dtype=torch.float64, device="meta")}, "decay is", "meta", "expected",
     ),

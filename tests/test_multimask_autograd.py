@@ -131,6 +131,16 @@ def test_backward_again(native, names):
         torch.testing.assert_close(e, -0.5 * a, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "freed"])
+def test_several_factors_at_once(native, keep):
+    """torch.autograd.grad with is_grads_batched, as Jacobians are made."""
+    call = make_loss().require_grad(["pred"])
+    factors = torch.tensor([1.0, 2.0], dtype=call().dtype)
+    (found,) = torch.autograd.grad(call(), call.first, factors, is_grads_batched=True, retain_graph=keep)
+    for factor, each in zip(factors, found, strict=True):
+        assert torch.equal(each, torch.autograd.grad(call(), call.first, factor)[0])
+
+
 def test_a_gradient_that_is_changed_in_place(native):
     """Clipping changes what backward gave out; a graph that is kept still gives the right one."""
     call = make_loss().require_grad(["pred"])

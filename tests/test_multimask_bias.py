@@ -8,7 +8,7 @@ import torch
 import pyeff
 from pyeff import MaskPlan
 from tests import helpers
-from tests.helpers import DTYPES
+from tests.helpers import DTYPES, says
 from tests.multimask_calls import check_call, make_bias, make_plan, oracle
 
 OPERATION = "multimask_relative_bias"
@@ -34,6 +34,14 @@ def test_dtype_of_the_result(native, to, dtype):
     if native != "reference" and pyeff.backends.refusal("multimask_relative_bias", native, call.first.device, to):
         with pytest.raises(RuntimeError, match="float"):
             call()
+        return
+    if native != "reference" and torch.float64 in (dtype, to) and dtype != to:
+        with pytest.raises(RuntimeError, match=says(f"backend '{native}' was asked for", "float64 for both")):
+            call()
+        with pyeff.backend("auto"):
+            found = call()
+        with pyeff.backend("reference"):
+            assert torch.equal(found, call())
         return
     out = call()
     assert out.dtype == to

@@ -480,6 +480,8 @@ def test_teacher_of_a_wrapped_student_and_of_another():
         teacher.update(nn.Linear(4, 4, bias=False))
     with pytest.raises(ValueError, match="weight"):
         teacher.update(nn.Linear(5, 4))
+    with pytest.raises(ValueError, match="meta"):
+        teacher.update(nn.Linear(4, 4, device="meta"))
     assert int(teacher.updates) == 1
     for options in ({"decay": 1.5}, {"end_decay": -1.0}, {"steps": 0}, {"dtype": torch.int8}, {"decay": True}):
         with pytest.raises(ValueError, match=next(iter(options))):

@@ -94,6 +94,19 @@ def test_no_token_and_nothing_kept():
         assert not plan.keep_len.any()
 
 
+def test_no_slot(backend):
+    """A plan of K = 0, as its parts may say."""
+    empty = torch.zeros(4, 0, dtype=torch.int32)
+    plan = MaskPlan(empty, torch.zeros(4, dtype=torch.int32), torch.full((4, 5), -1, dtype=torch.int32),
+                    torch.full((2,), 5, dtype=torch.int32))  # fmt: skip
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    kept = pyeff.ops.multimask_gather(x, plan)
+    assert kept.shape == (4, 0, 3)
+    out = pyeff.ops.multimask_scatter(kept, plan, fill=torch.ones(3), noise_std=0.0)
+    assert torch.equal(out, torch.ones(4, 5, 3))
+    assert not torch.autograd.grad(out.sum() + kept.sum(), x)[0].any()
+
+
 def test_plans_of_ids():
     """In any order, as predictors list them; some do not count; what is padding is not kept."""
     plan = make_plan(2, 3, 13, ragged=False)
@@ -147,6 +160,17 @@ def test_new_masks_in_place():
         with pytest.raises(ValueError, match=says("MaskPlan.copy_", "other has", "expected (2, 3, 13,")):
             plan.copy_(wrong)
         assert all(torch.equal(a, b) for a, b in zip(parts(plan), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_are_copied(dtype):
+    """What a plan is made of stays the caller's: neither changes with the other."""
+    lengths, mask = torch.tensor([9, 5], dtype=dtype), torch.rand(2, 3, 9) < 0.5
+    plan = MaskPlan.from_mask(mask, lengths, width=9)
+    plan.copy_(MaskPlan.from_mask(mask, torch.tensor([4, 3]), width=9))
+    assert lengths.tolist() == [9, 5]
+    lengths.zero_()
+    assert plan.lengths.tolist() == [4, 3]
 
 
 def test_on_another_device():

@@ -419,3 +419,7 @@ def test_images_and_calls_that_are_wrong():
         of.fit(images(), 1, progress="loud")
     with pytest.raises(ValueError, match="keys"):
         trainer(bert()).fit([{"labels": 1}], 1, progress=False)
+    for mask in ([0, 0, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1]):
+        item = {"input_ids": torch.arange(4) + 3, "attention_mask": torch.tensor(mask)}
+        with pytest.raises(ValueError, match="attention_mask has gaps or padding on the left"):
+            trainer(bert()).fit([item] * 4, 1, progress=False)

@@ -99,7 +99,10 @@ class EMATeacher(nn.Module):
     @property
     def decay(self) -> Tensor:
         """[] float64 on the device: d of the last update (before the first one: as for t = 0)."""
-        left = (1 - self.updates.double() / self.steps).clamp(min=0)
+        return self._decay_at(self.updates)
+
+    def _decay_at(self, updates: Tensor) -> Tensor:
+        left = (1 - updates.double() / self.steps).clamp(min=0)
         return self.end - (self.end - self.start) * left
 
     @torch.no_grad()
@@ -128,13 +131,13 @@ class EMATeacher(nn.Module):
                 f"EMATeacher.update: student differs in {differ[0]} ({len(differ)} in all), expected the parameters "
                 "and buffers of the model"
             )
-        self.updates.add_(1)
+        decay = self._decay_at(self.updates + 1)
         names = [name for name in mine if theirs[name].requires_grad and mine[name].is_floating_point()]
         devices = list(dict.fromkeys(mine[name].device for name in names))
         for device in devices:
             here = [name for name in names if mine[name].device == device]
             ops.ema_update_(
-                [mine[n] for n in here], [theirs[n].detach() for n in here], self.decay.to(device),
+                [mine[n] for n in here], [theirs[n].detach() for n in here], decay.to(device),
                 copies=[working[n] for n in here] if self._working else None,
             )  # fmt: skip
         averaged = set(names)
@@ -148,6 +151,7 @@ class EMATeacher(nn.Module):
             copies = working | dict(self.model.named_buffers())
             for name, (to, _) in rest.items():
                 copies[name].copy_(to)
+        self.updates.add_(1)
 
     def train(self, mode: bool = True) -> EMATeacher:
         """Stays in evaluation mode, whatever the model around it does."""

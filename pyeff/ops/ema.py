@@ -77,6 +77,10 @@ def _check_decay(op: str, decay: Tensor, device: torch.device) -> None:
             f"{op}: decay is {decay.dtype} {list(decay.shape)} on {decay.device}, expected a number, or one float64 on "
             f"{device}"
         )
+    # On a GPU it would have to be waited for.
+    plain = type(decay) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and not 0 <= decay.item() <= 1:
+        raise ValueError(f"{op}: decay is {decay.item()!r}, expected a number from 0 to 1")
 
 
 def _check(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> None:

@@ -95,7 +95,14 @@ def _bias(ids_keep, keep_len, slopes, *, prefix=0, dtype=None, backend=""):
     like = slopes.new_empty(0, dtype=dtype)
     chosen = kernels.choose(op, like, ids_keep.shape[1], backend, transform_of([slopes]))
     # In float64 or not at all: the kernels have one number type for what is computed.
-    if chosen == "reference" or (slopes.dtype == torch.float64) != (dtype == torch.float64):
+    if chosen != "reference" and (slopes.dtype == torch.float64) != (dtype == torch.float64):
+        if (backend or backends.current()) != "auto":
+            raise RuntimeError(
+                f"{op}: backend {chosen!r} was asked for and cannot serve: slopes are {slopes.dtype} for a bias in "
+                f"{dtype}, and the {chosen} kernels take float64 for both or for neither"
+            )
+        chosen = "reference"
+    if chosen == "reference":
         return reference.multimask.relative_bias(ids_keep, keep_len, slopes, prefix, dtype)
     return torch.ops.pyeff.multimask_relative_bias_forward(ids_keep, keep_len, slopes, prefix, dtype, chosen)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
@@ -210,6 +211,8 @@ def _derivative(ctx, grad, *unused):
     needs = list(ctx.needs_input_grad[:2])
     # Traced, there is no number to look at; and what is given away here may be changed, which nobody may ask for again.
     plain = type(grad) is Tensor and not torch.is_grad_enabled()
+    # One of several at once (is_grads_batched) is as little a number.
+    plain = plain and not is_legacy_batchedtensor(grad)
     if dpred is not None and plain and not torch._C._autograd._get_current_graph_task_keep_graph():
         if grad.device.type != "cpu":
             # The factor is read on the device; where it is one, nothing is written.

@@ -210,7 +210,7 @@ class MaskPlan:
 
 
 def checked_lengths(op: str, lengths: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """``lengths`` as int32 [B] on ``device``, T for all where there are none.
+    """``lengths`` as int32 [B] on ``device``, in memory of its own; T for all where there are none.
 
     Raises:
         ValueError: another shape, kind or device; on a CPU also a length out of range.
@@ -225,7 +225,7 @@ def checked_lengths(op: str, lengths: Tensor | None, batch: int, tokens: int, de
     if type(lengths) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling():
         if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= tokens:
             raise ValueError(f"{op}: lengths has values outside of 0 to {tokens}, the tokens that there are")
-        return lengths.to(torch.int32)
+        return lengths.to(torch.int32, copy=True)
     return lengths.clamp(0, tokens).to(torch.int32)
 
 

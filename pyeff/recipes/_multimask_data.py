@@ -98,7 +98,12 @@ class Collate:
         sequences = [torch.as_tensor(_part(item, main))[: self.limit] for item in items]
         # Padding of its own counts no more here than elsewhere.
         masks = [torch.as_tensor(item["attention_mask"])[: self.limit] for item in items if "attention_mask" in item]
-        lengths = [int(m.sum()) for m in masks] if len(masks) == len(items) else [len(s) for s in sequences]
+        for mask in masks:
+            if mask.dim() != 1 or bool((mask[1:].ne(0) & mask[:-1].eq(0)).any()):
+                raise ValueError(
+                    "data: an item's attention_mask has gaps or padding on the left, expected padding on the right only"
+                )
+        lengths = [int(m.ne(0).sum()) for m in masks] if len(masks) == len(items) else [len(s) for s in sequences]
         longest = max(max(lengths), 1)
         out = {main: sequences[0].new_full((len(items), longest, *sequences[0].shape[1:]), self._filler(main))}
         out["attention_mask"] = torch.zeros(len(items), longest, dtype=torch.int64)

@@ -90,6 +90,8 @@ def scatter(
         ids = torch.arange(batch, device=x.device) if sample_ids is None else sample_ids
         between = between + std * _philox.normals(seed, ids, rows // batch, tokens, width).to(between.dtype)
     between = torch.where(valid, between, 0).to(x.dtype).expand(batch, rows // batch, tokens, width)
+    if x.shape[1] == 0:  # nothing is kept, and there is no slot to look at
+        x = torch.nn.functional.pad(x, (0, 0, 0, 1))
     own = x[torch.arange(rows, device=x.device)[:, None], inverse.long().clamp(min=0)]
     return torch.where(inverse[..., None] >= 0, own, between.reshape(rows, tokens, width))
 
