@@ -19,7 +19,8 @@ try:
 except ImportError:  # a bare machine: the tests of properties are left out
     hypothesis = None
     collect_ignore = [
-        "test_read_properties.py", "test_read_fuzz.py", "test_ticket_properties.py", "test_ticket_fuzz.py"
+        "test_read_properties.py", "test_read_fuzz.py", "test_ticket_properties.py", "test_ticket_fuzz.py",
+        "test_multimask_fuzz.py",
     ]  # fmt: skip
 
 # The tests are small, and run side by side: threads would only wait for each other. Those about threads set their own.

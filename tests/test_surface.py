@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pyeff
 from pyeff import backends
 from tests.helpers import make_read
+from tests.multimask_calls import MAKERS, make_plan, normal
 from tests.test_backends import output
 from tests.ticket_calls import make_call
 
@@ -27,11 +28,16 @@ FOLDERS = ("pyeff", "csrc", "tests", "benchmarks", "kernels", "cmake", "scripts"
 SOURCES = (".py", ".h", ".cpp", ".cu", ".cmake", ".sh")
 OPTIONAL = ("rich", "typer", "matplotlib", "transformers", "safetensors", "triton", "numpy")
 
+MULTIMASK = (
+    "block_mask", "ema_update_", "multimask_accumulate_", "multimask_gather", "multimask_loss",
+    "multimask_relative_bias", "multimask_scatter", "multimask_spread", "multimask_targets",
+)  # fmt: skip
+
 # What others build on: it may grow, never shrink.
 PROMISED = {
-    "pyeff": ("Ticket", "backend", "info", "nn", "ops", "recipes", "reference"),
-    "pyeff.ops": ("read_recurrence", "read_step", "ticket_linear"),
-    "pyeff.reference": ("read_recurrence", "read_step", "ticket_linear"),
+    "pyeff": ("MaskPlan", "Ticket", "backend", "info", "nn", "ops", "recipes", "reference"),
+    "pyeff.ops": ("read_recurrence", "read_step", "ticket_linear", *MULTIMASK),
+    "pyeff.reference": ("read_recurrence", "read_step", "ticket_linear", *MULTIMASK),
     "pyeff.nn": (
         "ReadAdapter", "TicketLinear", "MultimaskStudent", "ConvDecoder1d", "ConvDecoder2d", "EMATeacher", "LayerStack",
         "MultimaskLoss", "MultimaskTargets", "TargetRecorder", "CollapseWatch", "RelativeBias",
@@ -61,11 +67,56 @@ def ticket_example():
     return (call.tensors["x"], call.tensors["values"], call.ticket, call.tensors["bias"]), {"activation": "gelu"}
 
 
+def multimask_example(op):
+    """Where rows keep different numbers, a bias has slots of -inf, which have no square."""
+
+    def example():
+        traps = {} if op in ("multimask_relative_bias", "multimask_targets") else {"traps": False}
+        plan = {} if op == "multimask_targets" else {"plan": make_plan(ragged=False)}
+        call = MAKERS[op](dtype=torch.float32, **plan, **traps)
+        given = list(call.tensors.values())
+        if op == "multimask_targets":
+            return ([t.nan_to_num() for t in given],), call.options
+        if op == "multimask_relative_bias":
+            return (call.plan, *given), call.options
+        if op == "multimask_loss":
+            return (*given, call.plan), call.options
+        return (given[0], call.plan), {**dict(zip(["fill"], given[1:], strict=False)), **call.options}
+
+    return example
+
+
+def accumulate_example():
+    return (torch.zeros(2, 5, 3), normal(2, 5, 3, seed=1).float()), {"weight": 0.5}
+
+
+def ema_example():
+    return ([torch.zeros(3), torch.ones(2, 2)], [torch.ones(3), torch.zeros(2, 2)], 0.75), {}
+
+
 # A valid call of each function of pyeff.ops: (arguments, keywords).
-EXAMPLES = {"read_recurrence": read_example, "read_step": read_step_example, "ticket_linear": ticket_example}
-# What a function takes as one object, and its op as plain arguments.
-UNPACKED = {"state": {"h", "c"}, "ticket": {"index", "out_features"}}
+EXAMPLES = {
+    "read_recurrence": read_example,
+    "read_step": read_step_example,
+    "ticket_linear": ticket_example,
+    "block_mask": lambda: ((2, 3, (4, 5)), {"keep": 0.4, "adjust": 0.1, "length": 2}),
+    "ema_update_": ema_example,
+    "multimask_accumulate_": accumulate_example,
+    "multimask_spread": lambda: ((torch.cat([torch.tensor([7.0]), torch.rand(12)]).double(),), {}),
+    **{op: multimask_example(op) for op in MAKERS},
+}
+# What a function takes in one form (of one op alone, where the name is another's too), and its op as plain arguments.
+UNPACKED = {
+    "state": {"h", "c"}, "ticket": {"index", "out_features"}, "plan": {"keep_len"}, "seed": {"seed"}, "B": {"lengths"},
+    "M": {"masks"}, "shape": {"tokens", "grid_width"}, "adjust": {"share"}, "device": {"lengths"},
+    "inverse": {"inverse"}, "multimask_relative_bias.scale": {"slopes"},
+}  # fmt: skip
 OPERATIONS = pyeff.ops.__all__
+# Plain PyTorch on the few numbers that an op has given: nothing for a backend.
+PLAIN = ("multimask_spread",)
+REGISTERED = [op for op in OPERATIONS if op not in PLAIN]
+# Draws, and changes in place, have no derivative.
+DIFFERENTIABLE = [op for op in REGISTERED if op not in ("block_mask", "ema_update_", "multimask_accumulate_")]
 
 
 def public_names():
@@ -163,7 +214,7 @@ def test_examples_in_pages_run(page):
     assert not doctest.testfile(str(page), module_relative=False, optionflags=flags).failed
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", REGISTERED)
 def test_op_is_registered(op):
     packet = getattr(torch.ops.pyeff, op)
     assert packet.overloads() == ["default"]
@@ -185,45 +236,58 @@ def test_op_has_a_definition_of_the_same_signature(op):
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in more), more
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", REGISTERED)
 def test_schema_has_the_arguments_of_the_function(op):
     """torch.ops.pyeff.<op> knows every option of the function, with the same default."""
     schema = {a.name: a for a in getattr(torch.ops.pyeff, op).default._schema.arguments}
     for name, parameter in inspect.signature(getattr(pyeff.ops, op)).parameters.items():
-        if name in UNPACKED:
-            assert UNPACKED[name] <= set(schema)
+        plain = UNPACKED.get(f"{op}.{name}", UNPACKED.get(name))
+        if plain:
+            assert plain <= set(schema)
             continue
         assert name in schema, name
         if parameter.default is not parameter.empty and parameter.default is not None:
             assert schema[name].default_value == parameter.default, name
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_op_is_differentiable(op, backend):
     arguments, keywords = EXAMPLES[op]()
-    leaves = [t.requires_grad_() for t in arguments if isinstance(t, torch.Tensor)]
+    given = torch.utils._pytree.tree_leaves((arguments, keywords))
+    leaves = [t.requires_grad_() for t in given if isinstance(t, torch.Tensor) and t.is_floating_point()]
     out = getattr(pyeff.ops, op)(*arguments, **keywords)
     grads = torch.autograd.grad(out.square().sum(), leaves)
     assert all(g.abs().sum() > 0 for g in grads)
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
+def parts(value) -> list[torch.Tensor]:
+    """The tensors of a result: one, those of a plan, or none of what works in place."""
+    if isinstance(value, pyeff.MaskPlan):
+        return [value.ids_keep, value.keep_len, value.inverse, value.lengths]
+    return [] if value is None else [value]
+
+
+@pytest.mark.parametrize("op", REGISTERED)
 def test_op_runs_on_fake_tensors(op, backend):
     arguments, keywords = EXAMPLES[op]()
     expected = getattr(pyeff.ops, op)(*arguments, **keywords)
     with FakeTensorMode() as mode:
 
         def to_fake(value):
-            if not isinstance(value, pyeff.Ticket):
+            if isinstance(value, torch.Tensor):
                 return mode.from_tensor(value)
+            if isinstance(value, pyeff.MaskPlan):
+                return pyeff.MaskPlan(*map(mode.from_tensor, parts(value)), value.prefix)
             fake = copy.copy(value)
             fake.index = mode.from_tensor(value.index)
             return fake
 
-        fake = torch.utils._pytree.tree_map_only((torch.Tensor, pyeff.Ticket), to_fake, (arguments, keywords))
+        kinds = (torch.Tensor, pyeff.Ticket, pyeff.MaskPlan)
+        fake = torch.utils._pytree.tree_map_only(kinds, to_fake, (arguments, keywords))
         found = getattr(pyeff.ops, op)(*fake[0], **fake[1])
-    assert type(found).__name__ == "FakeTensor"
-    assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)
+    for mine, real in zip(parts(found), parts(expected), strict=True):
+        assert type(mine).__name__ == "FakeTensor"
+        assert (mine.shape, mine.dtype, mine.device) == (real.shape, real.dtype, real.device)
 
 
 def test_no_banners():
@@ -237,23 +301,26 @@ def test_no_banners():
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_op_has_its_pages(op):
-    """A stem names the same thing in every folder."""
-    stem = getattr(pyeff.ops, op).__module__.rsplit(".", 1)[-1]
-    assert op.startswith(stem) or stem in ("multimask", "legonn")
-    for page in ("pyeff/reference", "pyeff/ops", "pyeff/nn", "pyeff/recipes", "benchmarks"):
-        assert (ROOT / page / f"{stem}.py").exists(), f"{page}/{stem}.py"
+    """A stem names the same thing in every folder; the masks and the averages belong to multimask."""
+    page = stem = getattr(pyeff.ops, op).__module__.rsplit(".", 1)[-1]
+    assert op.startswith((stem, "multimask", "legonn"))
+    if op in MULTIMASK:
+        stem = "multimask"
+    for folder in ("pyeff/reference", "pyeff/ops", "pyeff/nn", "pyeff/recipes", "benchmarks"):
+        assert (ROOT / folder / f"{stem}.py").exists(), f"{folder}/{stem}.py"
     assert (ROOT / "docs" / f"{stem}.md").exists()
-    if "cpu" in backends.OPS[op]:
-        for page in ("csrc/cpu", "csrc/ops"):
-            assert (ROOT / page / f"{stem}.cpp").exists(), f"{page}/{stem}.cpp"
-    tests = " ".join(path.read_text() for path in (ROOT / "tests").glob(f"test_{stem}*.py"))
+    if "cpu" in backends.OPS.get(op, ()):
+        for folder in ("csrc/cpu", "csrc/ops"):
+            assert (ROOT / folder / f"{stem}.cpp").exists(), f"{folder}/{stem}.cpp"
+    pages = {path for name in (stem, page) for path in (ROOT / "tests").glob(f"test_{name}*.py")}
+    tests = " ".join(path.read_text() for path in pages)
     assert op in tests, f"no test names {op}"
     assert op in EXAMPLES
 
 
 def test_importing_pyeff_registers_every_op():
     """torch.ops.pyeff.<name> is there as soon as pyeff is, without a look at pyeff.ops."""
-    code = f"import pyeff, torch; print(*(hasattr(torch.ops.pyeff, name) for name in {list(OPERATIONS)}))"
+    code = f"import pyeff, torch; print(*(hasattr(torch.ops.pyeff, name) for name in {REGISTERED}))"
     assert set(output(code).split()) == {"True"}
 
 

@@ -68,6 +68,11 @@ def multimask_gather(x: Tensor, plan: MaskPlan) -> Tensor:
     """
     check_plan("multimask_gather", plan)
     check_floating("multimask_gather", x=x)
+    # The op, which has no lengths, would take fewer samples for more masks of each.
+    if x.dim() == 3 and x.shape[0] != plan.batch and x.shape[0] > 0 and plan.rows % x.shape[0] == 0:
+        raise ValueError(
+            f"multimask_gather: x has shape {list(x.shape)}, expected [{plan.batch}, {plan.tokens}, D] as the plan"
+        )
     return torch.ops.pyeff.multimask_gather(x, plan.ids_keep, plan.keep_len, plan.inverse, backend=backends.current())
 
 

@@ -70,6 +70,7 @@ def multimask_relative_bias(
             raise ValueError(
                 f"{op}: scale has shape {list(scale.shape)} and slopes {list(slopes.shape)}, expected [H] of both"
             )
+        check_tensor(op, "scale", scale, tuple(scale.shape), slopes, scale.dtype, "slopes")
         slopes = slopes * scale
     return torch.ops.pyeff.multimask_relative_bias(
         plan.ids_keep, plan.keep_len, slopes, prefix=plan.prefix, dtype=dtype, backend=backends.current()
