@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from gpu_run import LEFT_OUT, Command, Part, dry_run, run, table  # noqa: E402
 
-OPS = ("read", "ticket")
+OPS = ("read", "ticket", "multimask")
 ONLY = ("test", "bench", "profile")
 BACKENDS = ("cuda", "triton")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")

@@ -39,7 +39,27 @@ def ticket_calls(options: argparse.Namespace, dtype: torch.dtype) -> list[Callab
     return [call]
 
 
-CALLS = {"read": read_calls, "ticket": ticket_calls}
+def multimask_calls(options: argparse.Namespace, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """What of a step with images is not an encoder: 16 masks of 196 tokens of 768, ten layers of the teacher."""
+    torch.manual_seed(0)
+    tokens, width, masks = 196, 768, 16
+    batch = max(1, options.tokens // (tokens * masks))
+    layers = [torch.randn(batch, tokens, width, device="cuda", dtype=dtype) for _ in range(10)]
+    x = torch.randn(batch, tokens, width, device="cuda", dtype=dtype, requires_grad=True)
+    drawn = {"keep": 0.2, "adjust": 0.07, "length": 3, "seed": torch.tensor(0, device="cuda"), "device": "cuda"}
+
+    def call() -> object:
+        with pyeff.backend(options.backend):
+            plan = pyeff.ops.block_mask(batch, masks, (14, 14), **drawn)
+            target = pyeff.ops.multimask_targets(layers, post_norm="layer")
+            pred = pyeff.ops.multimask_scatter(pyeff.ops.multimask_gather(x, plan), plan, seed=drawn["seed"])
+            loss, _ = pyeff.ops.multimask_loss(pred, target, plan, statistics=True)
+            return torch.autograd.grad(loss, x)
+
+    return [call]
+
+
+CALLS = {"read": read_calls, "ticket": ticket_calls, "multimask": multimask_calls}
 
 
 def main(arguments: list[str] | None = None) -> int:

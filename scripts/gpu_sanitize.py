@@ -75,7 +75,49 @@ def ticket(device: str, shape, block, density: float, tokens: int, activation: s
     return [t.detach().cpu() for t in (out, *torch.autograd.grad(out, leaves, grad_out))]
 
 
-CALLS = {"read": (read, READ), "ticket": (ticket, TICKET)}
+# dtype, samples, masks, tokens, width, layers, norm, norm after it, kind, reduction: each norm and kind, chunks by
+# vectors and by numbers, slices of every width, statistics in two stages, tokens of a warp and of a block, layers of
+# two launches.
+MULTIMASK = [
+    (torch.bfloat16, 2, 4, 50, 72, 3, "instance", "layer", "l2", "sum"),
+    (torch.float32, 2, 3, 13, 9, 2, "layer", "batch", "smooth_l1", "none"),
+    (torch.float16, 3, 2, 21, 33, 3, "batch", "none", "l1", "mean"),
+    (torch.bfloat16, 1, 9, 1, 16, 33, "none", "layer", "cosine", "sum"),
+    (torch.float32, 1, 2, 3, 1064, 2, "layer", "instance", "cosine", "none"),
+    (torch.bfloat16, 2, 2, 300, 24, 2, "instance", "batch", "smooth_l1", "mean"),
+    (torch.float32, 1, 1, 520, 20, 2, "instance", "none", "l2", "none"),
+    (torch.bfloat16, 1, 2, 1030, 8, 2, "instance", "instance", "l1", "sum"),
+]
+
+
+def multimask(
+    device: str, dtype: torch.dtype, batch: int, masks: int, tokens: int, width: int, layers: int, norm: str,
+    post_norm: str, kind: str, reduction: str,
+):  # fmt: skip
+    """All operations of the family, as training calls them, and their gradients."""
+    lengths = torch.tensor([tokens, *torch.randint(tokens + 1, (batch - 1,)).tolist()], device=device)
+    sizes = {"keep": 0.4, "adjust": 0.05, "length": 3, "device": device}
+    plan = pyeff.ops.block_mask(batch, masks, (tokens,), seed=1, lengths=lengths, **sizes)
+    teacher, (x, fill) = (
+        [torch.randn(n, tokens, width).to(dtype).to(device).requires_grad_() for n in many]
+        for many in ((batch,) * layers, (batch, 1))
+    )
+    slopes = torch.rand(3).to(device).requires_grad_()
+    target = pyeff.ops.multimask_targets(teacher, lengths=lengths, norm=norm, post_norm=post_norm)
+    kept = pyeff.ops.multimask_gather(x, plan)
+    pred = pyeff.ops.multimask_scatter(kept, plan, fill=fill[0], seed=2)
+    options = {"kind": kind, "reduction": reduction, "beta": 0.5 if kind == "smooth_l1" else 0.0}
+    loss, moments = pyeff.ops.multimask_loss(pred, target, plan, statistics=True, **options)
+    bias = pyeff.ops.multimask_relative_bias(plan, slopes, dtype=dtype)
+    grads = torch.autograd.grad([loss.sum() * 2, bias.nan_to_num(neginf=0).float().sum()], [*teacher, x, fill, slopes])
+    averages = [torch.randn(n).to(device) for n in (7, 3000, 1)]
+    copies = [torch.zeros_like(t, dtype=dtype) for t in averages]
+    pyeff.ops.ema_update_(averages, [t + 1 for t in averages], 0.9, copies=copies)
+    found = [target, kept, pred, loss, moments, bias.nan_to_num(neginf=0), *grads, *averages, *copies]
+    return [t.detach().cpu() for t in found]
+
+
+CALLS = {"read": (read, READ), "ticket": (ticket, TICKET), "multimask": (multimask, MULTIMASK)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if !defined(PYEFF_EMULATED) || defined(PYEFF_SCHEMAS)
+#if !defined(PYEFF_EMULATED)
 // The schemas are here whether the kernels were built or not: their emulation is registered for them, too.
 STABLE_TORCH_LIBRARY_FRAGMENT(pyeff_cuda, m) {
   m.def("multimask_gather(Tensor x, Tensor ids_keep, Tensor keep_len, Tensor(a!) out) -> ()");

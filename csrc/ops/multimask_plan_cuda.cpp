@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if !defined(PYEFF_EMULATED) || defined(PYEFF_SCHEMAS)
+#if !defined(PYEFF_EMULATED)
 STABLE_TORCH_LIBRARY_FRAGMENT(pyeff_cuda, m) {
   m.def("multimask_relative_bias(Tensor ids_keep, Tensor keep_len, Tensor slopes, int prefix, Tensor(a!) out) -> ()");
   m.def(
