@@ -52,13 +52,19 @@ CASES = {
         GATHER, with_plan(lambda: make_plan(2, 3, 12)), "x has shape [2, 13, 9]", "expected [B, 12, D]",
     ),
     "gather: a plan of other samples": (
-        GATHER, with_plan(lambda: make_plan(5, 1, 13)), "x has shape [2, 13, 9]", "divides 5",
+        GATHER, with_plan(lambda: make_plan(5, 1, 13)), "x has shape [2, 13, 9]", "expected [5, 13, D]",
+    ),
+    "gather: a plan of other samples with as many rows": (
+        GATHER, with_plan(lambda: make_plan(3, 2, 13)), "x has shape [2, 13, 9]", "expected [3, 13, D]", "2 masks",
+    ),
+    "gather: x repeated for each mask": (
+        GATHER, put(x=lambda t: t.repeat_interleave(3, 0)), "x has shape [6, 13, 9]", "expected [2, 13, D]", "3 masks",
     ),
     "gather: a plan elsewhere": (
         GATHER, with_plan(lambda: make_plan().to("meta")), "ids_keep is on meta", "expected {device}",
     ),
     "gather: x flat": (GATHER, put(x=lambda t: t.flatten()), "x has shape [234]", "expected [B, 13, D]"),
-    "gather: x of no sample": (GATHER, put(x=lambda t: t[:0]), "x has shape [0, 13, 9]", "expected [B, 13, D]"),
+    "gather: x of no sample": (GATHER, put(x=lambda t: t[:0]), "x has shape [0, 13, 9]", "expected [2, 13, D]"),
     "gather: x of integers": (GATHER, put(x=lambda t: t.nan_to_num().long()), "x is torch.int64", "expected one of"),
     "gather: x complex": (GATHER, put(x=lambda t: t.cfloat()), "x is torch.complex64", "expected one of"),
     "gather: x sparse": (GATHER, put(x=lambda t: t.to_sparse()), "x has layout", "expected torch.strided"),
