@@ -413,9 +413,13 @@ def test_images_and_calls_that_are_wrong():
         of.fit(images(), 1, every=0)
     with pytest.raises(ValueError, match="save_every was given without a path"):
         of.fit(images(), 1, save_every=1)
+    # A text is a sequence too, of characters; a batch would be read as its keys.
+    for data, kind in (("some text", "str"), ({"pixel_values": images()}, "dict")):
+        with pytest.raises(ValueError, match=f"data is a {kind}, expected samples, or batches"):
+            of.fit(data, 1)
     with pytest.raises(ValueError, match="data is a int"):
         of.fit(3, 1)
     with pytest.raises(ValueError, match="progress is 'loud'"):
         of.fit(images(), 1, progress="loud")
-    with pytest.raises(ValueError, match="keys"):
+    with pytest.raises(ValueError, match=r"keys \['labels'\], expected 'input_ids' or 'inputs_embeds'"):
         trainer(bert()).fit([{"labels": 1}], 1, progress=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,8 @@ def fit(
 
 
 def _batches(trainer: Pretrainer, data: Any, steps: int, workers: int) -> Iterable[Any]:
+    if isinstance(data, (str, bytes, Mapping)):
+        raise ValueError(f"data is a {type(data).__name__}, expected samples, or batches to iterate; step takes a batch")
     if not is_dataset(data) or isinstance(data, torch.utils.data.DataLoader):
         if not hasattr(data, "__iter__"):
             raise ValueError(f"data is a {type(data).__name__}, expected samples by index, or batches to iterate")
