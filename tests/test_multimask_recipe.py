@@ -405,7 +405,7 @@ def test_batches_that_are_wrong(batch, match):
     assert_same(everything(of), before)
 
 
-def test_images_and_calls_that_are_wrong():
+def test_images_and_calls_that_are_wrong(tmp_path):
     of = trainer(vit())
     with pytest.raises(ValueError, match=r"pixel_values has shape \[2, 3, 25, 24\], expected multiples of patches"):
         of.step(torch.ones(2, 3, 25, 24))
@@ -413,6 +413,9 @@ def test_images_and_calls_that_are_wrong():
         of.fit(images(), 1, every=0)
     with pytest.raises(ValueError, match="save_every was given without a path"):
         of.fit(images(), 1, save_every=1)
+    with pytest.raises(ValueError, match="there is no folder '.*missing', expected one to save to"):
+        of.fit(images(), 1, progress=False, path=tmp_path / "missing" / "file")
+    assert of.steps_done == 0
     # A text is a sequence too, of characters; a batch would be read as its keys.
     for data, kind in (("some text", "str"), ({"pixel_values": images()}, "dict")):
         with pytest.raises(ValueError, match=f"data is a {kind}, expected samples, or batches"):

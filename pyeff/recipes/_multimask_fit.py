@@ -40,6 +40,8 @@ def fit(
             raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
     if save_every is not None and path is None:
         raise ValueError("save_every was given without a path, expected one to save to")
+    if path is not None and not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"path is {os.fspath(path)!r}, but there is no folder {folder!r}, expected one to save to")
     batches = iter(_batches(trainer, data, steps, workers))
     bar = _multimask_progress.progress(progress, trainer.steps_done + steps, trainer.steps_done, engine.rank == 0)
     history: list[dict[str, float]] = []
