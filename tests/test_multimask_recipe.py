@@ -405,6 +405,13 @@ def test_batches_that_are_wrong(batch, match):
     assert_same(everything(of), before)
 
 
+def test_a_record_of_what_came_before_batches_ran_out():
+    of, batches = trainer(vit()), list(images(8).split(2))
+    assert [record["step"] for record in of.fit(iter(batches), 9, every=3, progress=False)] == [3, 4]
+    assert [record["step"] for record in of.fit(iter(batches), 9, every=4, progress=False)] == [8]
+    assert of.fit(iter([]), 9, progress=False) == []
+
+
 def test_images_and_calls_that_are_wrong(tmp_path):
     of = trainer(vit())
     with pytest.raises(ValueError, match=r"pixel_values has shape \[2, 3, 25, 24\], expected multiples of patches"):

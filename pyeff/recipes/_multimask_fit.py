@@ -46,20 +46,25 @@ def fit(
     bar = _multimask_progress.progress(progress, trainer.steps_done + steps, trainer.steps_done, engine.rank == 0)
     history: list[dict[str, float]] = []
     trainer._meter.reset()
+
+    def record() -> bool:
+        history.append(trainer.metrics())
+        bar.record(history[-1])
+        going = _watch(trainer, history[-1], floor, stop)
+        for callback in callbacks:
+            going = callback(trainer, history[-1]) is not False and going
+        return going
+
     try:
         for done in range(1, steps + 1):
             batch = next(batches, None)
             if batch is None:
+                if (done - 1) % every:
+                    record()
                 break
             trainer.step(batch)
             bar.step()
-            going = True
-            if done % every == 0 or done == steps:
-                history.append(trainer.metrics())
-                bar.record(history[-1])
-                going = _watch(trainer, history[-1], floor, stop)
-                for callback in callbacks:
-                    going = callback(trainer, history[-1]) is not False and going
+            going = record() if done % every == 0 or done == steps else True
             if path is not None and save_every is not None and done % save_every == 0 and going and done < steps:
                 trainer.save(path)
             if not going:
@@ -92,5 +97,5 @@ def _watch(trainer: Pretrainer, record: dict[str, float], floor: float, stop: bo
     if message is None:
         return True
     if trainer._engine.rank == 0:
-        warnings.warn(message, _multimask_progress.CollapseWarning, stacklevel=4)
+        warnings.warn(message, _multimask_progress.CollapseWarning, stacklevel=5)
     return not stop
