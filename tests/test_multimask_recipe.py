@@ -370,6 +370,8 @@ def test_arguments_that_are_wrong(options, match):
         (lambda: bert().bfloat16(), "parameters of torch.bfloat16, expected float32"),
         (lambda: bert(is_decoder=True), "configured as a decoder"),
         (lambda: bert(kind="Electra", embedding_size=16), "16 wide and projected to 32"),
+        (lambda: bert(kind="MPNet"), "layers of MPNetModel take position_bias, expected positions that are in the emb"),
+        (lambda: bert(kind="RoFormer"), "layers of RoFormerModel take sinusoidal_pos"),
     ],
 )
 def test_models_that_are_not_understood(model, match):
@@ -405,6 +407,11 @@ def test_batches_that_are_wrong(batch, match):
     assert_same(everything(of), before)
 
 
+def test_embeddings_that_mask_by_themselves():
+    with pytest.raises(ValueError, match=r"ViTMAEEmbeddings returns a tuple, expected .* \[B, T, D\]"):
+        trainer(vit(kind="ViTMAE")).step(images(2))
+
+
 def test_a_record_of_what_came_before_batches_ran_out():
     of, batches = trainer(vit()), list(images(8).split(2))
     assert [record["step"] for record in of.fit(iter(batches), 9, every=3, progress=False)] == [3, 4]
@@ -420,7 +427,7 @@ def test_images_and_calls_that_are_wrong(tmp_path):
         of.fit(images(), 1, every=0)
     with pytest.raises(ValueError, match="save_every was given without a path"):
         of.fit(images(), 1, save_every=1)
-    with pytest.raises(ValueError, match="there is no folder '.*missing', expected one to save to"):
+    with pytest.raises(ValueError, match=r"there is no folder '.*missing', expected one to save to"):
         of.fit(images(), 1, progress=False, path=tmp_path / "missing" / "file")
     assert of.steps_done == 0
     # A text is a sequence too, of characters; a batch would be read as its keys.

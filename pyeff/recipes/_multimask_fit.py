@@ -78,7 +78,9 @@ def fit(
 
 def _batches(trainer: Pretrainer, data: Any, steps: int, workers: int) -> Iterable[Any]:
     if isinstance(data, (str, bytes, Mapping)):
-        raise ValueError(f"data is a {type(data).__name__}, expected samples, or batches to iterate; step takes a batch")
+        raise ValueError(
+            f"data is a {type(data).__name__}, expected samples, or batches to iterate; step takes a batch"
+        )
     if not is_dataset(data) or isinstance(data, torch.utils.data.DataLoader):
         if not hasattr(data, "__iter__"):
             raise ValueError(f"data is a {type(data).__name__}, expected samples by index, or batches to iterate")
