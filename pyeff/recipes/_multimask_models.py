@@ -153,8 +153,8 @@ def find_parts(model: nn.Module, modality: str = "auto") -> Parts:
     takes = inspect.signature(layers[0].forward).parameters
     if given := [name for name in _POSITIONS if name in takes]:
         raise ValueError(
-            f"model: the layers of {name} take {given[0]}, expected positions that are in the embeddings: a student has "
-            "a part of the tokens"
+            f"model: the layers of {name} take {given[0]}, expected positions that are in the embeddings: a student "
+            "has a part of the tokens"
         )
     norm = getattr(base, "layernorm", None) if found == "image" else None
     prefix, patch = 0, None
