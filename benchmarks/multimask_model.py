@@ -151,7 +151,9 @@ def work(shape: Shape, step: Step, card: Card) -> Work:
         hbm = l2 = 4.0 * step.groups * shape.heads
         chain += math.ceil(step.groups / 64) * LOAD
     notes = (_START_NOTE, *((f"{NOISE:g} instructions for a number of noise",) if step.kernel == "scatter" else ()))
-    return Work(step.kernel, step.blocks, step.blocks_per_sm, hbm_bytes=hbm, l2_bytes=l2, chain=chain, notes=notes, **more)
+    return Work(
+        step.kernel, step.blocks, step.blocks_per_sm, hbm_bytes=hbm, l2_bytes=l2, chain=chain, notes=notes, **more
+    )
 
 
 def predict(shape: Shape, plan: Sequence[Step], card: Card) -> list[Prediction]:
