@@ -205,6 +205,12 @@ def test_nothing_is_written_by_a_bad_call(native, case):
     assert all(torch.equal(a, b) for a, b in zip((*ema, *params, *copies), before, strict=True))
 
 
+def test_modules_for_their_parameters():
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=says("ema_update_", "params is a Linear", "list(module.parameters())")):
+        pyeff.ops.ema_update_([p.detach().clone() for p in module.parameters()], module, 0.5)
+
+
 @pytest.mark.parametrize("what", ["twice", "overlapping", "the parameter", "a copy"])
 def test_memory_that_is_shared(native, what):
     """What is written may overlap nothing."""

@@ -96,6 +96,8 @@ def test_ijepa_loss(contexts, beta):
     compare(adapters.ijepa_loss(pred, target, masks, contexts=contexts, norm=False), plain, [pred])
     with pytest.raises(ValueError, match="pred has shape"):
         adapters.ijepa_loss(pred[1:], target, masks, contexts=contexts)
+    with pytest.raises(ValueError, match="contexts is a list, expected how many"):
+        adapters.ijepa_loss(pred, target, masks, contexts=masks)
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
@@ -147,6 +149,12 @@ def test_mae_decoder_input(prefix):
     compare(found, expected, [x, token, positions])
     found = adapters.mae_decoder_input(x, token.view(-1), ids_restore.int(), prefix=prefix)
     compare(found, expected - positions, [x, token])
+
+
+def test_mae_decoder_input_of_positions_without_the_class_token():
+    x, ids_restore = draw(BATCH, 1 + 4, WIDTH), torch.rand(BATCH, TOKENS).argsort(1).argsort(1)
+    with pytest.raises(ValueError, match=r"pos_embed has shape .*, expected \[1, .* 1 tokens of the prefix"):
+        adapters.mae_decoder_input(x, draw(WIDTH), ids_restore, pos_embed=draw(1, TOKENS, WIDTH))
 
 
 def test_mae_decoder_input_by_a_plan():

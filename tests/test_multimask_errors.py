@@ -52,13 +52,19 @@ CASES = {
         GATHER, with_plan(lambda: make_plan(2, 3, 12)), "x has shape [2, 13, 9]", "expected [B, 12, D]",
     ),
     "gather: a plan of other samples": (
-        GATHER, with_plan(lambda: make_plan(5, 1, 13)), "x has shape [2, 13, 9]", "divides 5",
+        GATHER, with_plan(lambda: make_plan(5, 1, 13)), "x has shape [2, 13, 9]", "expected [5, 13, D]",
+    ),
+    "gather: a plan of other samples with as many rows": (
+        GATHER, with_plan(lambda: make_plan(3, 2, 13)), "x has shape [2, 13, 9]", "expected [3, 13, D]", "2 masks",
+    ),
+    "gather: x repeated for each mask": (
+        GATHER, put(x=lambda t: t.repeat_interleave(3, 0)), "x has shape [6, 13, 9]", "expected [2, 13, D]", "3 masks",
     ),
     "gather: a plan elsewhere": (
         GATHER, with_plan(lambda: make_plan().to("meta")), "ids_keep is on meta", "expected {device}",
     ),
     "gather: x flat": (GATHER, put(x=lambda t: t.flatten()), "x has shape [234]", "expected [B, 13, D]"),
-    "gather: x of no sample": (GATHER, put(x=lambda t: t[:0]), "x has shape [0, 13, 9]", "expected [B, 13, D]"),
+    "gather: x of no sample": (GATHER, put(x=lambda t: t[:0]), "x has shape [0, 13, 9]", "expected [2, 13, D]"),
     "gather: x of integers": (GATHER, put(x=lambda t: t.nan_to_num().long()), "x is torch.int64", "expected one of"),
     "gather: x complex": (GATHER, put(x=lambda t: t.cfloat()), "x is torch.complex64", "expected one of"),
     "gather: x sparse": (GATHER, put(x=lambda t: t.to_sparse()), "x has layout", "expected torch.strided"),
@@ -111,17 +117,17 @@ CASES = {
     "targets: lengths too long": (TARGETS, put(lengths=lambda t: t + 1), "lengths has values outside of 0 to 13"),
     "loss: no plan": (LOSS, with_plan(7), "plan is a int", "expected a pyeff.MaskPlan"),
     "loss: a plan of other tokens": (
-        LOSS, with_plan(lambda: make_plan(2, 3, 12)), "inverse has shape [6, 12]", "expected [6, 13]",
+        LOSS, with_plan(lambda: make_plan(2, 3, 12)), "pred has shape [6, 13, 9]", "B 2, M 3, T 12",
     ),
-    "loss: a plan of other rows": (LOSS, with_plan(lambda: make_plan(2, 4, 13)), "inverse has shape", "[6, 13]"),
-    "loss: a plan of other samples": (LOSS, with_plan(lambda: make_plan(3, 2, 13)), "lengths has shape [3]", "[2]"),
+    "loss: a plan of other rows": (LOSS, with_plan(lambda: make_plan(2, 4, 13)), "[B*M, T, D]", "B 2, M 4, T 13"),
+    "loss: a plan of other samples": (LOSS, with_plan(lambda: make_plan(3, 2, 13)), "target [2, 13, 9]", "B 3, M 2"),
     "loss: a plan elsewhere": (LOSS, with_plan(lambda: make_plan().to("meta")), "inverse is on meta", "{device}"),
     "loss: pred of other rows": (LOSS, put(pred=lambda t: t[:5]), "pred has shape [5, 13, 9]", "expected [B*M, T, D]"),
     "loss: pred of two dimensions": (LOSS, put(pred=lambda t: t[0]), "pred has shape [13, 9]", "[B*M, T, D]"),
     "loss: target of another width": (
         LOSS, put(target=lambda t: t[..., :8]), "target has shape [2, 13, 8]", "expected [2, 13, 9]",
     ),
-    "loss: target repeated": (LOSS, put(target=lambda t: t.repeat_interleave(3, 0)), "expected", "6"),
+    "loss: target repeated": (LOSS, put(target=lambda t: t.repeat_interleave(3, 0)), "target [6, 13, 9]", "B 2, M 3"),
     "loss: target of no sample": (LOSS, put(target=lambda t: t[:0]), "target [0, 13, 9]", "expected [B*M, T, D]"),
     "loss: target elsewhere": (LOSS, put(target=lambda t: t.to("meta")), "target is on meta", "expected {device}"),
     "loss: target of integers": (LOSS, put(target=lambda t: t.nan_to_num().long()), "target is torch.int64"),

@@ -370,6 +370,8 @@ def test_arguments_that_are_wrong(options, match):
         (lambda: bert().bfloat16(), "parameters of torch.bfloat16, expected float32"),
         (lambda: bert(is_decoder=True), "configured as a decoder"),
         (lambda: bert(kind="Electra", embedding_size=16), "16 wide and projected to 32"),
+        (lambda: bert(kind="MPNet"), "layers of MPNetModel take position_bias, expected positions that are in the emb"),
+        (lambda: bert(kind="RoFormer"), "layers of RoFormerModel take sinusoidal_pos"),
     ],
 )
 def test_models_that_are_not_understood(model, match):
@@ -405,7 +407,19 @@ def test_batches_that_are_wrong(batch, match):
     assert_same(everything(of), before)
 
 
-def test_images_and_calls_that_are_wrong():
+def test_embeddings_that_mask_by_themselves():
+    with pytest.raises(ValueError, match=r"ViTMAEEmbeddings returns a tuple, expected .* \[B, T, D\]"):
+        trainer(vit(kind="ViTMAE")).step(images(2))
+
+
+def test_a_record_of_what_came_before_batches_ran_out():
+    of, batches = trainer(vit()), list(images(8).split(2))
+    assert [record["step"] for record in of.fit(iter(batches), 9, every=3, progress=False)] == [3, 4]
+    assert [record["step"] for record in of.fit(iter(batches), 9, every=4, progress=False)] == [8]
+    assert of.fit(iter([]), 9, progress=False) == []
+
+
+def test_images_and_calls_that_are_wrong(tmp_path):
     of = trainer(vit())
     with pytest.raises(ValueError, match=r"pixel_values has shape \[2, 3, 25, 24\], expected multiples of patches"):
         of.step(torch.ones(2, 3, 25, 24))
@@ -413,11 +427,18 @@ def test_images_and_calls_that_are_wrong():
         of.fit(images(), 1, every=0)
     with pytest.raises(ValueError, match="save_every was given without a path"):
         of.fit(images(), 1, save_every=1)
+    with pytest.raises(ValueError, match=r"there is no folder '.*missing', expected one to save to"):
+        of.fit(images(), 1, progress=False, path=tmp_path / "missing" / "file")
+    assert of.steps_done == 0
+    # A text is a sequence too, of characters; a batch would be read as its keys.
+    for data, kind in (("some text", "str"), ({"pixel_values": images()}, "dict")):
+        with pytest.raises(ValueError, match=f"data is a {kind}, expected samples, or batches"):
+            of.fit(data, 1)
     with pytest.raises(ValueError, match="data is a int"):
         of.fit(3, 1)
     with pytest.raises(ValueError, match="progress is 'loud'"):
         of.fit(images(), 1, progress="loud")
-    with pytest.raises(ValueError, match="keys"):
+    with pytest.raises(ValueError, match=r"keys \['labels'\], expected 'input_ids' or 'inputs_embeds'"):
         trainer(bert()).fit([{"labels": 1}], 1, progress=False)
     for mask in ([0, 0, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1]):
         item = {"input_ids": torch.arange(4) + 3, "attention_mask": torch.tensor(mask)}

@@ -134,6 +134,14 @@ def test_files_of_others(tmp_path):
         trainer(bert()).resume(tmp_path / "b")
 
 
+def test_load_names_another_model_before_its_settings(tmp_path):
+    trainer(bert()).save(tmp_path / "a")
+    with pytest.raises(ValueError, match="another model configuration: num_hidden_layers is 3 in the file, expected 2"):
+        multimask.Pretrainer.load(tmp_path / "a", bert(num_hidden_layers=2))
+    with pytest.raises(ValueError, match="model is 'BertModel', expected 'ViTModel'"):
+        multimask.Pretrainer.load(tmp_path / "a", vit())
+
+
 def test_batches_may_be_cut_otherwise_and_settings_changed_on_purpose(tmp_path):
     one = trainer(bert())
     one.fit(texts(), 1, progress=False, path=tmp_path / "a")

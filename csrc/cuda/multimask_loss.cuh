@@ -67,10 +67,17 @@ constexpr int kLossShared = kThreads / kWarp * static_cast<int>(sizeof(double));
 template <class T, bool Vector, bool WithMoments>
 constexpr int kLossChunk = WithMoments ? 4 : kMaskChunk<T, Vector>;
 
+// Blocks on an SM at least; the compilers for newer machines want more registers for the same text than half of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kLossBlocks = 1;
+#else
+constexpr int kLossBlocks = 2;
+#endif
+
 // Every kind of which elements do not need each other. A thread has a chunk of channels of every so manieth token, so
 // that it can keep their moments; in double precision, which no mean is too large for.
 template <class T, bool Vector, bool WithMoments>
-PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
+PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, kLossBlocks)
     multimask_loss_channels(const PYEFF_GRID_CONSTANT MultimaskLossParams p) {
   constexpr int N = kLossChunk<T, Vector, WithMoments>, kAhead = 8;
   const int lanes = block_size() / p.columns, of_lanes = thread_index() / p.columns;
@@ -179,7 +186,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
 constexpr float kCosineLeast = 1e-16f;  // the square of the length below which a vector has no direction
 
 template <class T, bool Vector, bool Resident>
-PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, Vector && sizeof(T) == 2 ? 2 : 1)
+PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, Vector && sizeof(T) == 2 ? kLossBlocks : 1)
     multimask_loss_tokens(const PYEFF_GRID_CONSTANT MultimaskLossParams p) {
   using Tile = TokenTile<T, Vector, Resident>;
   using Row = TokenRow<T, Vector, Resident>;

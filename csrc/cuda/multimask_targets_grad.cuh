@@ -47,7 +47,7 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
 
 // Layer norm: a warp, or for long tokens a block, has a token of every layer.
 template <class T, bool Vector, bool Resident>
-PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
+PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, Vector ? 2 : 1)
     multimask_targets_grad_token(const PYEFF_GRID_CONSTANT MultimaskTargetsGradParams s) {
   using Tile = TokenTile<T, Vector, Resident>;
   using Row = TokenRow<T, Vector, Resident>;

@@ -15,7 +15,7 @@ _DEVICES = ("auto", "cpu", "cuda")
 
 
 def bench(
-    op: Annotated[Optional[str], typer.Argument(help="A row (read, ticket, gemm) or an op; none: all.")] = None,  # noqa: UP045
+    op: Annotated[Optional[str], typer.Argument(help="Row (read, ticket, multimask, gemm) or op; none: all.")] = None,  # noqa: UP045
     quick: Annotated[bool, typer.Option("--quick", help="A few sizes, about a minute.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The largest sizes too; takes long and needs memory.")] = False,
     match: Annotated[str, typer.Option(help="Only cases with all these words, such as 'gru 64 float32'.")] = "",

@@ -52,6 +52,9 @@ def ema_update_(
         >>> pyeff.ops.ema_update_(teacher, list(student.parameters()), 0.999)
     """
     op = "ema_update_"
+    for name, given in (("ema", ema), ("params", params), ("copies", copies)):
+        if isinstance(given, torch.nn.Module):
+            raise ValueError(f"{op}: {name} is a {type(given).__name__}, expected tensors: list(module.parameters())")
     ema, params, copies = list(ema), list(params), None if copies is None else list(copies)
     for name, given in (("params", params), *([("copies", copies)] if copies is not None else [])):
         if len(given) != len(ema):

@@ -68,10 +68,11 @@ def multimask_gather(x: Tensor, plan: MaskPlan) -> Tensor:
     """
     check_plan("multimask_gather", plan)
     check_floating("multimask_gather", x=x)
-    # The op, which has no lengths, would take fewer samples for more masks of each.
-    if x.dim() == 3 and x.shape[0] != plan.batch and x.shape[0] > 0 and plan.rows % x.shape[0] == 0:
+    # Rows that can be shared out among other samples would be, and nobody would see it.
+    if x.dim() == 3 and x.shape[1] == plan.tokens and x.shape[0] != plan.batch:
         raise ValueError(
-            f"multimask_gather: x has shape {list(x.shape)}, expected [{plan.batch}, {plan.tokens}, D] as the plan"
+            f"multimask_gather: x has shape {list(x.shape)}, expected [{plan.batch}, {plan.tokens}, D]: the plan is of "
+            f"{plan.batch} samples with {plan.masks} masks each"
         )
     return torch.ops.pyeff.multimask_gather(x, plan.ids_keep, plan.keep_len, plan.inverse, backend=backends.current())
 

@@ -91,6 +91,12 @@ def multimask_loss(
     op = "multimask_loss"
     check_plan(op, plan)
     check_floating(op, pred=pred, target=target)
+    fits = pred.shape[:2] == plan.inverse.shape and target.shape[:1] == plan.lengths.shape
+    if pred.dim() == target.dim() == 3 and not fits:
+        raise ValueError(
+            f"{op}: pred has shape {list(pred.shape)} and target {list(target.shape)}, expected [B*M, T, D], [B, T, D] "
+            f"with the plan's B {plan.batch}, M {plan.masks}, T {plan.tokens}"
+        )
     loss, moments = torch.ops.pyeff.multimask_loss(
         pred, target, plan.inverse, plan.lengths, plan.keep_len, kind=kind, beta=float(beta), scale=scale,
         reduction=reduction, statistics=bool(statistics), backend=backends.current(),

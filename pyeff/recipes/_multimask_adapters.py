@@ -113,6 +113,9 @@ def ijepa_loss(
         >>> pred = torch.randn(3 * 2, 4, 8, requires_grad=True)
         >>> multimask.ijepa_loss(pred, torch.randn(2, 9, 8), masks).backward()
     """
+    if isinstance(contexts, bool) or not isinstance(contexts, int) or contexts < 1:
+        came = repr(contexts) if isinstance(contexts, (int, float)) else f"a {type(contexts).__name__}"
+        raise ValueError(f"ijepa_loss: contexts is {came}, expected how many context masks each sample has")
     sizes = _check_masks("ijepa_loss", target, masks)
     (batch, _, width), count = target.shape, len(masks)
     if tuple(pred.shape) != (count * contexts * batch, sizes[0], width) or len(set(sizes)) > 1:
@@ -251,7 +254,14 @@ def mae_decoder_input(
         plan = plan.with_prefix(prefix)
     token = mask_token.reshape(-1)
     out = ops.multimask_scatter(x, plan, fill=token.to(x.dtype), noise_std=0.0)
-    return out if pos_embed is None else out + pos_embed
+    if pos_embed is None:
+        return out
+    if tuple(pos_embed.shape) not in (out.shape[1:], (1, *out.shape[1:])):
+        raise ValueError(
+            f"mae_decoder_input: pos_embed has shape {list(pos_embed.shape)}, expected [1, {out.shape[1]}, "
+            f"{out.shape[2]}]: the {prefix} tokens of the prefix and {out.shape[1] - prefix} patches"
+        )
+    return out + pos_embed
 
 
 def ibot_loss(pred: Tensor, target: Tensor, mask: Tensor | MaskPlan) -> Tensor:

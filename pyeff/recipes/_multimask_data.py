@@ -123,7 +123,8 @@ class Collate:
 
 def _part(item: Mapping[str, Any], name: str) -> Any:
     if name not in item:
-        raise ValueError(f"data: an item has the keys {sorted(item)}, expected {name!r}")
+        expected = "'input_ids' or 'inputs_embeds'" if name == "inputs_embeds" else repr(name)
+        raise ValueError(f"data: an item has the keys {sorted(item)}, expected {expected}")
     return item[name]
 
 

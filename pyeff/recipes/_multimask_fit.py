@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,24 +40,31 @@ def fit(
             raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
     if save_every is not None and path is None:
         raise ValueError("save_every was given without a path, expected one to save to")
+    if path is not None and not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"path is {os.fspath(path)!r}, but there is no folder {folder!r}, expected one to save to")
     batches = iter(_batches(trainer, data, steps, workers))
     bar = _multimask_progress.progress(progress, trainer.steps_done + steps, trainer.steps_done, engine.rank == 0)
     history: list[dict[str, float]] = []
     trainer._meter.reset()
+
+    def record() -> bool:
+        history.append(trainer.metrics())
+        bar.record(history[-1])
+        going = _watch(trainer, history[-1], floor, stop)
+        for callback in callbacks:
+            going = callback(trainer, history[-1]) is not False and going
+        return going
+
     try:
         for done in range(1, steps + 1):
             batch = next(batches, None)
             if batch is None:
+                if (done - 1) % every:
+                    record()
                 break
             trainer.step(batch)
             bar.step()
-            going = True
-            if done % every == 0 or done == steps:
-                history.append(trainer.metrics())
-                bar.record(history[-1])
-                going = _watch(trainer, history[-1], floor, stop)
-                for callback in callbacks:
-                    going = callback(trainer, history[-1]) is not False and going
+            going = record() if done % every == 0 or done == steps else True
             if path is not None and save_every is not None and done % save_every == 0 and going and done < steps:
                 trainer.save(path)
             if not going:
@@ -70,6 +77,10 @@ def fit(
 
 
 def _batches(trainer: Pretrainer, data: Any, steps: int, workers: int) -> Iterable[Any]:
+    if isinstance(data, (str, bytes, Mapping)):
+        raise ValueError(
+            f"data is a {type(data).__name__}, expected samples, or batches to iterate; step takes a batch"
+        )
     if not is_dataset(data) or isinstance(data, torch.utils.data.DataLoader):
         if not hasattr(data, "__iter__"):
             raise ValueError(f"data is a {type(data).__name__}, expected samples by index, or batches to iterate")
@@ -88,5 +99,5 @@ def _watch(trainer: Pretrainer, record: dict[str, float], floor: float, stop: bo
     if message is None:
         return True
     if trainer._engine.rank == 0:
-        warnings.warn(message, _multimask_progress.CollapseWarning, stacklevel=4)
+        warnings.warn(message, _multimask_progress.CollapseWarning, stacklevel=5)
     return not stop

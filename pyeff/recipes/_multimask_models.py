@@ -14,6 +14,8 @@ from pyeff.plans import MaskPlan
 from pyeff.recipes._multimask_settings import Settings
 from pyeff.recipes._stacks import find_stacks
 
+# What layers are given of positions by a model around them. Students see tokens of many places, and have no such thing.
+_POSITIONS = ("position_bias", "position_embeddings", "rel_embeddings", "relative_pos", "sinusoidal_pos")
 _INPUTS = {"text": ("input_ids", "inputs_embeds"), "image": ("pixel_values",)}
 
 
@@ -74,7 +76,11 @@ class Parts:
 def embed(embeddings: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """[B, prefix + T, D] of a batch, with those of its entries that the embeddings know."""
     known = inspect.signature(embeddings.forward).parameters
-    return embeddings(**{name: value for name, value in inputs.items() if name in known})
+    out = embeddings(**{name: value for name, value in inputs.items() if name in known})
+    if not isinstance(out, Tensor):
+        name = type(embeddings).__name__
+        raise ValueError(f"model: {name} returns a {type(out).__name__}, expected embeddings that return [B, T, D]")
+    return out
 
 
 class Students(nn.Module):
@@ -144,6 +150,12 @@ def find_parts(model: nn.Module, modality: str = "auto") -> Parts:
             "embeddings of the layers' width"
         )
     layers = find_stacks(base)["adapter"].layers
+    takes = inspect.signature(layers[0].forward).parameters
+    if given := [name for name in _POSITIONS if name in takes]:
+        raise ValueError(
+            f"model: the layers of {name} take {given[0]}, expected positions that are in the embeddings: a student "
+            "has a part of the tokens"
+        )
     norm = getattr(base, "layernorm", None) if found == "image" else None
     prefix, patch = 0, None
     if found == "image":

@@ -33,9 +33,9 @@ def _names(trainer: Pretrainer) -> dict[nn.Parameter, str]:
     return {p: name for name, p in trainer._engine.students.named_parameters()}
 
 
-def _model_config(trainer: Pretrainer) -> dict[str, Any]:
+def _model_config(encoder: nn.Module) -> dict[str, Any]:
     """The encoder's configuration: dropout leaves no trace in shapes, and yet the numbers depend on it."""
-    config: Any = trainer.encoder.config
+    config: Any = encoder.config
     given = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     kinds = (str, int, float, bool, list, type(None))
     return {k: v for k, v in given.items() if k not in _ORIGIN and isinstance(v, kinds)}
@@ -49,13 +49,25 @@ def save(trainer: Pretrainer, path: str | os.PathLike) -> None:
         config = {
             "recipe": "multimask", "version": files.VERSION, "model": type(trainer.encoder).__name__,
             "optimizer": type(trainer.optimizer).__name__, "settings": trainer.settings.as_json(),
-            "config": _model_config(trainer),
+            "config": _model_config(trainer.encoder),
             "steps_done": trainer.steps_done, "samples_done": trainer.samples_done, "numbers": numbers,
             "scaler": scaler,
         }  # fmt: skip
         files.write(path, {**_tensors(trainer), **moments}, config)
     if trainer._engine.world > 1:
         torch.distributed.barrier()
+
+
+def check_kind(path: str | os.PathLike, config: Mapping[str, Any], what: str, mine: object) -> None:
+    """Raises ValueError unless the file has the same class for it."""
+    if config.get(what) != type(mine).__name__:
+        raise ValueError(f"{os.fspath(path)}: {what} is {config.get(what)!r}, expected {type(mine).__name__!r}")
+
+
+def check_model(path: str | os.PathLike, config: Mapping[str, Any], encoder: nn.Module) -> None:
+    """Raises ValueError unless the file is of such an encoder."""
+    check_kind(path, config, "model", encoder)
+    files.check_same(path, "model configuration", config["config"], _model_config(encoder))
 
 
 def resume(
@@ -66,14 +78,13 @@ def resume(
     compare: bool,
 ) -> None:
     """:meth:`pyeff.recipes.multimask.Pretrainer.resume`; everything is looked at before anything is written."""
-    for what, mine in (("model", trainer.encoder), ("optimizer", trainer.optimizer)):
-        if config.get(what) != type(mine).__name__:
-            raise ValueError(f"{os.fspath(path)}: {what} is {config.get(what)!r}, expected {type(mine).__name__!r}")
+    check_kind(path, config, "model", trainer.encoder)
+    check_kind(path, config, "optimizer", trainer.optimizer)
     if compare:
         own = {name: value for name, value in trainer.settings.as_json().items() if name not in LAYOUT}
         theirs = {name: value for name, value in config["settings"].items() if name not in LAYOUT}
         files.check_same(path, "settings", theirs, own)
-    files.check_same(path, "model configuration", config["config"], _model_config(trainer))
+    check_model(path, config, trainer.encoder)
     into = _tensors(trainer)
     files.check(path, tensors, into, _KINDS)
     state = files.optimizer_state(path, tensors, config["numbers"], trainer.optimizer, _names(trainer))

@@ -378,6 +378,8 @@ class Pretrainer:
             ValueError: as for :meth:`resume`.
         """
         tensors, config = files.read(path)
+        # Before settings of another model are held against this one.
+        _multimask_resume.check_model(path, config, find_parts(model).base)
         trainer = cls(model, **{**_multimask_resume.arguments(config), **changes})
         _multimask_resume.resume(trainer, path, tensors, config, compare=False)
         return trainer
