@@ -45,8 +45,11 @@ def beta_of(kind: str) -> float:
     return 0.7 if kind == "smooth_l1" else 0.0
 
 
-@dtypes
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [*((width, torch.float32) for width in WIDTHS), (9, torch.bfloat16), (9, torch.float16)],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
 def test_gather_and_scatter(kernels, width, dtype):
     plan = make_plan(2, 3, 7)
     check_call(make_gather(plan, width, dtype=dtype))
@@ -77,8 +80,11 @@ def test_targets(kernels, norm, dtype):
     check_call(make_targets(2, 7, 12, 2, norm=norm, dtype=dtype))
 
 
-@norms
-@pytest.mark.parametrize("post_norm", ["instance", "layer", "batch"])
+# Each after another, and statistics after statistics of the same kind.
+@pytest.mark.parametrize(
+    ("norm", "post_norm"),
+    [("none", "batch"), ("instance", "layer"), ("layer", "instance"), ("batch", "layer"), ("batch", "batch")],
+)
 def test_targets_and_a_norm_after(kernels, norm, post_norm):
     check_call(make_targets(2, 5, 12, 2, norm=norm, post_norm=post_norm, dtype=torch.float32))
 

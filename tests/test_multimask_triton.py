@@ -363,7 +363,7 @@ def test_ema_update(kernels, empty, copies):
         torch.testing.assert_close(found, truth, rtol=2e-7 if found.dtype == torch.float32 else 1e-3, atol=0)
 
 
-@pytest.mark.parametrize("wrong", [-(1 << 31), T, (1 << 31) - 1])
+@pytest.mark.parametrize("wrong", [T, (1 << 31) - 1])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_no_index_leads_out_of_the_tensors(kernels, empty, wrong):
     """Nobody has looked into a plan on the device: a wrong one gives any numbers, and touches nothing else."""

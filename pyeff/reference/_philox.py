@@ -36,7 +36,7 @@ def of_sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words [B, M, count] for each mask of each sample: the counters 0 to count - 1 of one purpose."""
     device = sample_ids.device
-    c0 = torch.arange(count, device=device).expand(len(sample_ids), masks, count)
+    c0 = torch.arange(count, device=device).expand(sample_ids.shape[0], masks, count)
     c1 = (torch.arange(masks, device=device) + purpose)[:, None].expand_as(c0)
     sample = sample_ids.long()[:, None, None].expand_as(c0)
     return words(seed, c0, c1, sample & _MASK, (sample >> 32) & _MASK)
@@ -47,7 +47,7 @@ def normals(seed: Tensor, sample_ids: Tensor, masks: int, tokens: int, width: in
     groups = -(-width // 4)
     w = of_sample(seed, sample_ids, masks, tokens * groups, NOISE)
     pairs = [value for i in (0, 2) for value in _box_muller(w[i], w[i + 1])]
-    return torch.stack(pairs, -1).view(len(sample_ids), masks, tokens, 4 * groups)[..., :width]
+    return torch.stack(pairs, -1).view(sample_ids.shape[0], masks, tokens, 4 * groups)[..., :width]
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
