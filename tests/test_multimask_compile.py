@@ -90,13 +90,15 @@ def test_a_whole_step_in_one_graph(native):
 
 
 def test_other_sizes(native):
-    """The first call is taken as fixed, the second makes sizes dynamic, and that is the last time."""
+    """The first call is taken as fixed, those that follow make sizes dynamic, and that is soon the last time."""
     step, counter = Step(), CompileCounterWithBackend("aot_eager")
     function = torch.compile(step, backend=counter, fullgraph=True)
-    for batch, tokens in ((2, 10), (3, 14), (5, 30), (4, 21)):
+    counts = []
+    for batch, tokens in ((2, 10), (3, 14), (5, 30), (4, 21), (7, 16)):
         inputs = step_inputs(batch, tokens)
         torch.testing.assert_close(function(*inputs)[0], step(*inputs)[0])
-    assert counter.frame_count <= 3
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[-2] <= 4
 
 
 def test_plans_as_inputs(native):
