@@ -106,6 +106,8 @@ def _gather(x, ids_keep, keep_len, inverse, *, backend=""):
 def _gather_kernels(x, ids_keep, keep_len, inverse, backend):
     refuse_tangents("multimask_gather", backend, [x])
     out = kernels.empty_gather(x, ids_keep)
+    if x.numel() == 0:
+        return out.zero_()
     if out.numel() > 0:
         kernels.call(backend, "gather", kernels.rows(x), ids_keep.contiguous(), keep_len.contiguous(), out)
     return out
