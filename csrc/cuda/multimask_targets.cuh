@@ -274,7 +274,8 @@ PYEFF_KERNEL void PYEFF_LAUNCH_BOUNDS(kThreads, 2)
       return token(i) < count && left > 0;
     });
   } else {
-    const TargetsStats<T, Vector> stats(p, k, sample, at.column, left);
+    // Threads past the last channel have some column, too.
+    const TargetsStats<T, Vector> stats(p, k, sample, left > 0 ? at.column : 0, left);
     m = {};
     PYEFF_UNROLL
     for (int i = 0; i < R; ++i) {
