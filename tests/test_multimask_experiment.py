@@ -233,7 +233,8 @@ def test_reading_between_probes():
 def test_defaults_fit_each_other():
     for settings in DEFAULT.values():
         assert all(settings.rows % masks == 0 for masks in MASKS)
-        assert settings.tokens == 64
+        assert settings.top <= settings.layers
+    assert DEFAULT["image"].tokens == 64
 
 
 def test_tables_are_those_of_the_committed_result(tmp_path):
