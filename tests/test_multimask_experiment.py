@@ -228,12 +228,15 @@ def test_reading_between_probes():
     assert report.reached(curve, 0.4) == pytest.approx(5.0)
     assert report.reached(curve, 0.7) == pytest.approx(20 + 10 * 2 / 3)
     assert report.reached(curve, 0.9) is None
+    moments = [{"step": 10 * i, "seconds": seconds} for i, seconds in enumerate((0.0, 5.0, 90.0, 96.0))]
+    assert report.pace(moments) == pytest.approx(0.6)
 
 
 def test_defaults_fit_each_other():
     for settings in DEFAULT.values():
         assert all(settings.rows % masks == 0 for masks in MASKS)
-        assert settings.tokens == 64
+        assert settings.top <= settings.layers
+    assert DEFAULT["image"].tokens == 64
 
 
 def test_tables_are_those_of_the_committed_result(tmp_path):

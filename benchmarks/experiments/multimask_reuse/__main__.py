@@ -66,7 +66,9 @@ def main(arguments: list[str] | None = None, *, tasks: Mapping[str, data.Task] |
 
 def task(kind: str, settings: Settings) -> data.Task:
     """The data of a modality; which of it is the test set does not depend on the seed of a training."""
-    return data.digits(SHOTS, seed=0) if kind == "image" else data.docstrings(settings.tokens, CLASSES)
+    if kind == "image":
+        return data.digits(SHOTS, seed=0)
+    return data.docstrings(settings.tokens, CLASSES, least=settings.least)
 
 
 def work(

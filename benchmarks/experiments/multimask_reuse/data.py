@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyeff.demo import data as demo
 
-# Word pieces that occur less often than this in what is pre-trained on are one and the same unknown piece.
+# By default, word pieces that occur less often than this in what is pre-trained on are one and the same.
 LEAST = 3
 PAD, UNKNOWN, SEPARATOR = 0, 1, 2
 
@@ -76,7 +76,9 @@ def digits(shots: int, seed: int) -> Task:
     )  # fmt: skip
 
 
-def docstrings(length: int, classes: int = 16, corpus: demo.Corpus | None = None, tokenizer: Any = None) -> Task:
+def docstrings(
+    length: int, classes: int = 16, corpus: demo.Corpus | None = None, tokenizer: Any = None, least: int = LEAST
+) -> Task:
     """The demo's docstrings. Pre-trained on are its training texts, in one stream, without their labels.
 
     Args:
@@ -84,6 +86,7 @@ def docstrings(length: int, classes: int = 16, corpus: demo.Corpus | None = None
         classes (int): packages that the probe tells apart.
         corpus (Corpus, optional): text at hand. Default: :func:`pyeff.demo.data.standard_library`.
         tokenizer (callable, optional): text -> list of integers. Default: that of all-MiniLM-L6-v2.
+        least (int): occurrences below which word pieces are one and the same unknown piece.
 
     Raises:
         RuntimeError: the encoder's package, whose tokenizer it is, is not installed.
@@ -93,7 +96,7 @@ def docstrings(length: int, classes: int = 16, corpus: demo.Corpus | None = None
     texts = [e.text for e in corpus.train]
     pieces = [tokenizer(text) for text in texts]
     counts = Counter(piece for text in pieces for piece in text)
-    frequent = sorted(piece for piece, count in counts.items() if count >= LEAST)
+    frequent = sorted(piece for piece, count in counts.items() if count >= least)
     index = {piece: i + 3 for i, piece in enumerate(frequent)}
     stream = [i for text in pieces for i in (*(index.get(p, UNKNOWN) for p in text), SEPARATOR)]
     whole = len(stream) // length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,18 @@ def curves(found: dict, kind: str) -> dict[tuple[int, str], Curve]:
     result = {}
     for key in sorted(rows, key=lambda k: (k[0], k[1] != "fused")):
         moments = zip(*(row["moments"] for row in rows[key]), strict=True)
+        each_step = sum(pace(row["moments"]) for row in rows[key]) / len(rows[key])
         result[key] = [
-            (sum(m["seconds"] for m in each) / len(each), sum(m["right"] / m["texts"] for m in each) / len(each))
-            for each in moments
+            (each[0]["step"] * each_step, sum(m["right"] / m["texts"] for m in each) / len(each)) for each in moments
         ]
     return result
+
+
+def pace(moments: list[dict[str, Any]]) -> float:
+    """Seconds of a step: the median of the stretches between probes, so that one that was held up does not count."""
+    return statistics.median(
+        (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(moments)
+    )
 
 
 def at(curve: Curve, seconds: float) -> float | None:

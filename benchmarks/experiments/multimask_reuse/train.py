@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyeff.recipes import multimask
 
 from . import eager
-from .data import Task
+from .data import LEAST, Task
 
 PATHS = ("fused", "eager")
 
@@ -34,6 +34,9 @@ class Settings:
         decoder_width, decoder_layers, decoder_kernel, decoder_groups (int): of the decoder.
         lr (float): of AdamW after ``warmup`` steps; constant, so that every moment is one of a training of any length.
         ema_decay, ema_end (float), ema_steps (int): of the teacher.
+        norm (str, optional): of each layer in the targets. Default: the preset's.
+        positions (bool): whether the encoder has position embeddings, which are trained; without, they are zero.
+        least (int): occurrences below which word pieces are one and the same unknown piece; text only.
         seed (int): of everything.
     """
 
@@ -57,6 +60,9 @@ class Settings:
     ema_decay: float
     ema_end: float
     ema_steps: int
+    norm: str | None = None
+    positions: bool = True
+    least: int = LEAST
     seed: int = 0
 
 
@@ -76,14 +82,17 @@ def build(task: Task, settings: Settings) -> nn.Module:
     config = transformers.BertConfig(
         **sizes, vocab_size=task.vocabulary, max_position_embeddings=settings.tokens, pad_token_id=0
     )
-    return transformers.BertModel(config, add_pooling_layer=False)
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    if not settings.positions:
+        nn.init.zeros_(model.embeddings.position_embeddings.weight).requires_grad_(False)
+    return model
 
 
 def pretrainer(task: Task, settings: Settings, masks: int) -> multimask.Pretrainer:
     s = settings
     return multimask.Pretrainer(
         build(task, s), preset=task.kind, masks=masks, keep=s.keep, adjust=s.adjust, length=s.length,
-        top_k_layers=s.top, decoder_width=s.decoder_width, decoder_layers=s.decoder_layers,
+        top_k_layers=s.top, norm=s.norm, decoder_width=s.decoder_width, decoder_layers=s.decoder_layers,
         decoder_kernel=s.decoder_kernel, decoder_groups=s.decoder_groups, ema_decay=s.ema_decay, ema_end=s.ema_end,
         ema_steps=s.ema_steps, lr=s.lr, schedule=lambda step: min((step + 1) / s.warmup, 1.0),
         batch_size=s.rows // masks, steps=s.steps, warmup=s.warmup, seed=s.seed,
