@@ -108,3 +108,10 @@ gpu_kernels = place_fixture([place for place in places.KERNELS if place.device =
 native = place_fixture([place for place in places.PLACES if not place.emulated])
 native_kernels = place_fixture([place for place in places.KERNELS if not place.emulated])
 native64 = place_fixture([place for place in places.PLACES if torch.float64 in place.dtypes and not place.emulated])
+
+
+@pytest.fixture(autouse=True)
+def no_older_graphs(request):
+    """No graph of another test: torch gives a function up that has been compiled too often, and tests share some."""
+    if request.module.__name__.endswith("_transforms"):
+        torch._dynamo.reset()
