@@ -301,7 +301,8 @@ def test_times_tables_and_picture(finished, tmp_path, corpus, monkeypatch, capsy
 
 
 def test_peak_of_a_process_of_its_own(bench, tmp_path, monkeypatch):
-    """The other process's part is played in this one, with the tiny encoder."""
+    """The other process's part is played in this one, with the tiny encoder and steps that hold known memory."""
+    held = 128 << 20  # far above the tiny encoder's own, which may fit into what this process had freed
     job, masks = Job("random-8", 0.5, 0), masks_of(bench, "random-8")
     settings = dataclasses.replace(bench.settings, classes=3)
 
@@ -314,8 +315,15 @@ def test_peak_of_a_process_of_its_own(bench, tmp_path, monkeypatch):
         except KeyError as error:
             return subprocess.CompletedProcess(command, 1, "", f"Traceback\nKeyError: {error}\n")
 
+    class Holding(times.Trained):
+        def step(self, *given):
+            used = torch.ones(held, dtype=torch.uint8)
+            super().step(*given)
+            return used.sum()
+
+    monkeypatch.setattr(times, "Trained", Holding)
     monkeypatch.setattr(times.subprocess, "run", run)
-    assert times.peak(settings, job, masks, "float32", tmp_path) > 0
+    assert held / 2 < times.peak(settings, job, masks, "float32", tmp_path) < held * 2
     with pytest.raises(RuntimeError, match=r"measuring the memory of random-8-0\.5-seed0 failed: .*float7"):
         times.peak(settings, job, masks, "float7", tmp_path)
     assert not list(tmp_path.iterdir())
