@@ -31,6 +31,7 @@ MAPPED = {
     "pyeff.kernels": "kernels",
     "pyeff.benchmarks": "benchmarks",
     "pyeff.benchmarks.experiments": "benchmarks/experiments",
+    "pyeff.benchmarks.experiments.multimask_reuse": "benchmarks/experiments/multimask_reuse",
     "pyeff.benchmarks.experiments.ticket_density": "benchmarks/experiments/ticket_density",
 }
 

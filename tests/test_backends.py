@@ -18,8 +18,8 @@ from tests.helpers import make_read, says
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC_OPS = (
     "read_recurrence", "read_step", "ticket_linear", "ligo_grow", "multimask_targets", "multimask_gather",
-    "multimask_scatter", "multimask_loss", "block_mask", "ema_update_", "ctc_loss", "linear_ctc_loss",
-    "softmax_embedding", "beam_conv",
+    "multimask_scatter", "multimask_loss", "multimask_accumulate_", "multimask_relative_bias", "block_mask",
+    "ema_update_", "ctc_loss", "linear_ctc_loss", "softmax_embedding", "beam_conv",
 )  # fmt: skip
 
 

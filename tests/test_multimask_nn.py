@@ -124,7 +124,7 @@ def test_student_on_kernels(native_kernels):
     def run(backend, kind):
         student.to(device, kind).zero_grad()
         with pyeff.backend(backend):
-            own = x.to(kind).requires_grad_()
+            own = x.to(kind, copy=True).requires_grad_()
             out = student(own, plan, seed=5)[valid.expand(-1, -1, WIDTH)]
             out.square().sum().backward()
         # Copies: the next dtype writes into the same parameters.
