@@ -45,18 +45,18 @@ PYEFF_INLINE void put(T* to, Vec<Compute<T>> v, bool streamed) {
     store(to, v);
 }
 
-// Two vectors as numbers of type T, at an address that is a multiple of a vector's size where they are streamed. The
-// instruction that rounds both to bf16 takes numbers below the smallest normal one for zero: for what is noisy anyway.
+// Two vectors as numbers of type T, at an address that is a multiple of a vector's size where they are streamed.
 template <class T>
 PYEFF_INLINE void put_two(T* to, Vec<Compute<T>> first, Vec<Compute<T>> second, bool streamed) {
   constexpr int64_t lanes = kLanes<Compute<T>>;
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
   if constexpr (sizeof(T) == 2) {
-    const auto rounded = _mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first));
+    const __m256i low = bit_cast<__m256i>(rounded(first)), high = bit_cast<__m256i>(rounded(second));
+    const __m512i both = _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(low), 0xf0, high);
     if (streamed)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bit_cast<__m512i>(rounded));
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
     else
-      __builtin_memcpy(to, &rounded, sizeof rounded);
+      __builtin_memcpy(to, &both, sizeof both);
     return;
   }
 #endif

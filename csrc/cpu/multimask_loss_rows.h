@@ -1,6 +1,8 @@
 // The loss of a few rows against one target row: read once, with everything that is to be known of them.
 #pragma once
 
+#include <utility>
+
 #include "gemm.h"
 #include "multimask_loss.h"
 #include "stream.h"
@@ -58,6 +60,15 @@ struct RowMoments {
   double *y, *yy, *x, *xx;
 };
 
+// What is to be known of a group of rows. `any` is decided where it runs; the others leave out what they need not ask.
+enum class LossWork { value, gradient, value_moments, gradient_moments, any };
+
+// body(0) ... body(N - 1), whose argument is a constant: what it indexes can stay in registers.
+template <class F, int... I>
+PYEFF_INLINE void each_of(std::integer_sequence<int, I...>, const F& body) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+
 template <class T, MaskLossKind K>
 struct LossRows {
   using C = Compute<T>;
@@ -84,83 +95,123 @@ struct LossRows {
 
   template <int G>
   void run(Group& g, double repeats) const {
-    V loss[G] = {}, square[G] = {};
+    const bool gradient = g.dx[0];
+    if (dy || (gradient && kCosine)) return work<G, LossWork::any>(g, repeats);
+    if (moments.y)
+      gradient ? work<G, LossWork::gradient_moments>(g, repeats) : work<G, LossWork::value_moments>(g, repeats);
+    else
+      gradient ? work<G, LossWork::gradient>(g, repeats) : work<G, LossWork::value>(g, repeats);
+  }
+
+  template <int G, LossWork W>
+  void work(Group& g, double repeats) const {
+    Pass<G, W> pass(*this, g, repeats);
     int64_t i = 0;
-    for (; i + kStep <= width; i += kStep) chunk<G, true>(g, i, repeats, loss, square);
-    if (i < width) chunk<G, false>(g, i, repeats, loss, square);
+    for (; i + kStep <= width; i += kStep) pass.template chunk<true>(i);
+    if (i < width) pass.template chunk<false>(i);
     for (int r = 0; r < G; ++r) {
-      g.loss[r] = sum_lanes<C>(loss[r]);
-      if constexpr (kCosine) g.square[r] = sum_lanes<C>(square[r]);
+      g.loss[r] = sum_lanes<C>(pass.loss[r]);
+      if constexpr (kCosine) g.square[r] = sum_lanes<C>(pass.square[r]);
     }
   }
 
-  template <int G, bool kWhole>
-  PYEFF_INLINE void chunk(Group& g, int64_t i, double repeats, V* loss, V* square) const {
-    constexpr int kParts = Doubles<C>::kParts;
-    DoubleV sum[kVectors][kParts] = {}, sum_squares[kVectors][kParts] = {};
-    V slopes[kVectors] = {};
-#pragma GCC unroll 4
-    for (int r = 0; r < G; ++r) {
-      if (kWhole) __builtin_prefetch(g.ahead[r] + i);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
+  // One way through a group's rows, with copies of everything: nothing that is stored can change where it reads.
+  template <int G, LossWork W>
+  struct Pass {
+    static constexpr bool kAny = W == LossWork::any;
+    static constexpr int kParts = Doubles<C>::kParts, kHalf = kLanes / kParts;
+    static constexpr auto kGroup = std::make_integer_sequence<int, G>{};
+    static constexpr auto kLine = std::make_integer_sequence<int, kVectors>{};
+    static constexpr auto kHalves = std::make_integer_sequence<int, kParts>{};
+
+    const int64_t width;
+    const Distance<C, K> distance;
+    const C* const y;
+    C* const dy;
+    const bool stream, with_dx, with_moments;
+    const RowMoments moments;
+    const double repeats;
+    const T *x[G], *ahead[G];
+    T* dx[G];
+    C factor[G];
+    V loss[G] = {}, square[G] = {};
+
+    PYEFF_INLINE Pass(const LossRows& of, const Group& g, double repeats)
+        : width(of.width),
+          distance(of.distance),
+          y(of.y),
+          dy(of.dy),
+          stream(of.stream),
+          with_dx(kAny ? g.dx[0] && !kCosine : W == LossWork::gradient || W == LossWork::gradient_moments),
+          with_moments(kAny ? bool(of.moments.y) : W == LossWork::value_moments || W == LossWork::gradient_moments),
+          moments(of.moments),
+          repeats(repeats) {
+      each_of(kGroup, [&](auto r) __attribute__((always_inline)) {
+        x[r] = g.x[r], ahead[r] = g.ahead[r], dx[r] = g.dx[r], factor[r] = g.factor[r];
+      });
+    }
+
+    template <bool kWhole>
+    PYEFF_INLINE void chunk(int64_t i) {
+      each_of(kLine, [&](auto v) __attribute__((always_inline)) {
         const int64_t at = i + v * kLanes, left = kWhole ? kLanes : width - at;
-        if (!kWhole && left <= 0) break;
-        const V target = load_first(y + at, left), x = load_first(g.x[r] + at, left);
+        if (kWhole || left > 0) vector<kWhole, v == 0>(at, left);
+      });
+    }
+
+    template <bool kWhole, bool kAsk>
+    PYEFF_INLINE void vector(int64_t at, int64_t left) {
+      const V target = load_first(y + at, left);
+      V slopes{};
+      DoubleV sum[kParts] = {}, squares[kParts] = {};
+      each_of(kGroup, [&](auto r) __attribute__((always_inline)) {
+        if (kWhole && kAsk) __builtin_prefetch(ahead[r] + at);
+        const V from = load_first(x[r] + at, left);
         if constexpr (kCosine) {
-          loss[r] += x * target;
-          square[r] += x * x;
+          loss[r] += from * target;
+          square[r] += from * from;
         } else {
-          const V d = x - target;
+          const V d = from - target;
           loss[r] += distance.value(d);
-          if (g.dx[r] || dy) {
-            const V slope = g.factor[r] * distance.slope(d);
-            if (dy) slopes[v] += negative(slope);
-            if (g.dx[r]) put<kWhole>(g.dx[r] + at, slope, left);
+          if (with_dx || (kAny && dy)) {
+            const V slope = factor[r] * distance.slope(d);
+            if (kAny && dy) slopes += negative(slope);
+            if (with_dx) put<kWhole>(stream, dx[r] + at, slope, left);
           }
         }
-        if (moments.x) {
-          const Doubles<C> wide(x);
-#pragma GCC unroll 2
-          for (int h = 0; h < kParts; ++h) {
-            sum[v][h] += wide.part[h];
-            sum_squares[v][h] += wide.part[h] * wide.part[h];
-          }
+        if (with_moments) {
+          const Doubles<C> wide(from);
+          each_of(kHalves, [&](auto h) __attribute__((always_inline)) {
+            sum[h] += wide.part[h];
+            squares[h] += wide.part[h] * wide.part[h];
+          });
         }
-      }
+      });
+      if (kAny && dy && !kCosine) store_first(dy + at, load_first(dy + at, left) + slopes, left);
+      if (!with_moments) return;
+      each_of(kHalves, [&](auto h) __attribute__((always_inline)) {
+        add(moments.x + at + h * kHalf, sum[h]);
+        add(moments.xx + at + h * kHalf, squares[h]);
+      });
+      if (repeats == 0) return;
+      const Doubles<C> wide(target);
+      each_of(kHalves, [&](auto h) __attribute__((always_inline)) {
+        add(moments.y + at + h * kHalf, wide.part[h] * repeats);
+        add(moments.yy + at + h * kHalf, wide.part[h] * wide.part[h] * repeats);
+      });
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = i + v * kLanes, left = kWhole ? kLanes : width - at;
-      if (!kWhole && left <= 0) break;
-      if (!kCosine && dy) store_first(dy + at, load_first(dy + at, left) + slopes[v], left);
-      if (!moments.x) continue;
-#pragma GCC unroll 2
-      for (int h = 0; h < kParts; ++h) {
-        const int64_t part = at + h * (kLanes / kParts);
-        add(moments.x + part, sum[v][h]);
-        add(moments.xx + part, sum_squares[v][h]);
-      }
-      if (repeats == 0) continue;
-      const Doubles<C> wide(load_first(y + at, left));
-#pragma GCC unroll 2
-      for (int h = 0; h < kParts; ++h) {
-        const int64_t part = at + h * (kLanes / kParts);
-        add(moments.y + part, wide.part[h] * repeats);
-        add(moments.yy + part, wide.part[h] * wide.part[h] * repeats);
-      }
-    }
-  }
+
+    static PYEFF_INLINE void add(double* to, DoubleV v) { store(to, load(to) + v); }
+  };
 
   // By its bits: a difference would be fused with the product, but only where nobody asks for the product itself.
   static PYEFF_INLINE V negative(V v) {
     using Int = typename VectorOf<C>::Int;
     return bit_cast<V>(Int(bit_cast<Int>(v) ^ bit_cast<Int>(splat<V>(C(-0.0)))));
   }
-  static PYEFF_INLINE void add(double* to, DoubleV v) { store(to, load(to) + v); }
 
   template <bool kWhole>
-  PYEFF_INLINE void put(T* to, V v, int64_t left) const {
+  static PYEFF_INLINE void put(bool stream, T* to, V v, int64_t left) {
     if (!kWhole) return store_first(to, v, left);
     stream ? PYEFF_ISA::stream(to, v) : store(to, v);
   }
@@ -172,7 +223,7 @@ struct LossRows {
       const V target = load_first(y + i, left), from = load_first(x + i, left);
       if (dx) {
         const V sum = from * by_x + target * by_y;
-        left >= kLanes ? put<true>(dx + i, sum, left) : put<false>(dx + i, sum, left);
+        left >= kLanes ? put<true>(stream, dx + i, sum, left) : put<false>(stream, dx + i, sum, left);
       }
       if (dy) store_first(dy + i, load_first(dy + i, left) + (target * on_y + from * by_y), left);
     }
@@ -190,7 +241,7 @@ struct LossRows {
   void zero(T* to) const {
     for (int64_t i = 0; i < width; i += kLanes) {
       const int64_t left = width - i;
-      left >= kLanes ? put<true>(to + i, V{}, left) : put<false>(to + i, V{}, left);
+      left >= kLanes ? put<true>(stream, to + i, V{}, left) : put<false>(stream, to + i, V{}, left);
     }
   }
 };

@@ -96,7 +96,7 @@ PYEFF_INLINE FloatV load_copy(const bf16* from, bf16* to) {
   HalfBitsV bits;
   __builtin_memcpy(&bits, from, sizeof bits);
   __builtin_memcpy(to, &bits, sizeof bits);
-  return bit_cast<FloatV>(__builtin_convertvector(bits, UInt32V) << 16);
+  return bit_cast<FloatV>(widen_bits(bits) << 16);
 }
 
 // Some channels of one sample's tokens. They are copied, row behind row: tokens that lie a power of two apart share few

@@ -1,8 +1,8 @@
 // Vectors of the instruction set that this translation unit is compiled for.
 //
 // Every kernel source is compiled once for each instruction set, inside the namespace PYEFF_ISA, from the same text:
-// the compiler's generic vectors carry the arithmetic, and only what they cannot say (the bf16 dot product) is an
-// intrinsic.
+// the compiler's generic vectors carry the arithmetic, and only what they cannot say (the bf16 dot product, rounding to
+// bf16) or say slowly is an intrinsic.
 #pragma once
 
 #include <cstdint>
@@ -113,10 +113,30 @@ PYEFF_INLINE DoubleV load(const double* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+// Each word with zeros above it, and each word's lower half: by intrinsics where GCC's conversions take several steps,
+// and by masked ones, since it takes what the others leave open for a mistake.
+#if defined(__AVX512F__)
+constexpr __mmask16 kEveryLane = 0xffff;
+#endif
+PYEFF_INLINE UInt32V widen_bits(HalfBitsV h) {
+#if defined(__AVX512F__)
+  return bit_cast<UInt32V>(_mm512_maskz_cvtepu16_epi32(kEveryLane, bit_cast<__m256i>(h)));
+#else
+  return __builtin_convertvector(h, UInt32V);
+#endif
+}
+PYEFF_INLINE HalfBitsV narrow_bits(UInt32V w) {
+#if defined(__AVX512F__)
+  return bit_cast<HalfBitsV>(_mm512_maskz_cvtepi32_epi16(kEveryLane, bit_cast<__m512i>(w)));
+#else
+  return __builtin_convertvector(w, HalfBitsV);
+#endif
+}
+
 PYEFF_INLINE FloatV load(const bf16* p) {
   HalfBitsV h;
   __builtin_memcpy(&h, p, sizeof h);
-  return bit_cast<FloatV>(__builtin_convertvector(h, UInt32V) << 16);
+  return bit_cast<FloatV>(widen_bits(h) << 16);
 }
 
 PYEFF_INLINE void store(float* p, FloatV v) { __builtin_memcpy(p, &v, sizeof v); }
@@ -127,8 +147,17 @@ PYEFF_INLINE UInt32V rounded_bits(FloatV v) {
   UInt32V rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return v != v ? (u >> 16) | 0x40 : rounded;
 }
+PYEFF_INLINE HalfBitsV rounded(FloatV v) {
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+  // The instruction takes subnormal numbers for zero: a vector that has any is rounded as by other instruction sets.
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(!_mm512_fpclass_ps_mask(bit_cast<__m512>(v), kSubnormal), 1))
+    return bit_cast<HalfBitsV>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+#endif
+  return narrow_bits(rounded_bits(v));
+}
 PYEFF_INLINE void store(bf16* p, FloatV v) {
-  HalfBitsV h = __builtin_convertvector(rounded_bits(v), HalfBitsV);
+  const HalfBitsV h = rounded(v);
   __builtin_memcpy(p, &h, sizeof h);
 }
 

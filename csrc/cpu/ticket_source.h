@@ -26,7 +26,7 @@ PYEFF_INLINE Vec<Compute<T>> load_some(const T* p, int64_t count) {
   if constexpr (sizeof(T) == 4) return FloatV(_mm512_maskz_loadu_ps(__mmask16(mask), p));
   if constexpr (sizeof(T) == 2) {
     const HalfBitsV bits = bit_cast<HalfBitsV>(_mm256_maskz_loadu_epi16(__mmask16(mask), p));
-    return bit_cast<FloatV>(__builtin_convertvector(bits, UInt32V) << 16);
+    return bit_cast<FloatV>(widen_bits(bits) << 16);
   }
 #else
   return load_first(p, count);
