@@ -198,6 +198,45 @@ def test_texts_mappings_and_batches_are_the_same_samples():
     assert_same(everything(one), everything(other))
 
 
+def test_places_and_segments_of_tokens_are_kept():
+    """In a dataset as in a batch; an item without one of them is named."""
+    items = [
+        {"input_ids": ids, "position_ids": torch.arange(len(ids)) + 5, "token_type_ids": torch.ones_like(ids)}
+        for ids in texts(4, shortest=5)
+    ]
+    items[1]["attention_mask"] = torch.arange(len(items[1]["input_ids"])) < 3
+    one, other = trainer(bert().double()), trainer(bert().double())
+    found = batch_of(one, items)
+    assert found["attention_mask"].sum(1).tolist() == [
+        len(items[0]["input_ids"]),
+        3,
+        *(len(i["input_ids"]) for i in items[2:]),
+    ]
+    for name, last in (("position_ids", 7), ("token_type_ids", 1)):
+        assert found[name][1, :4].tolist() == [*items[1][name][:3], 0]
+        assert found[name][1, 2] == last
+    moved = {**found, "position_ids": (found["position_ids"] - 5).clamp(min=0)}
+    assert one.step(found) != other.step(moved)
+    del items[2]["position_ids"]
+    with pytest.raises(
+        ValueError, match=r"an item has the keys \['input_ids', 'token_type_ids'\], expected 'position_ids'"
+    ):
+        batch_of(one, items)
+
+
+def test_integers_of_numpy():
+    """As settings they are Python's, so that masks, order and files are the same."""
+    numpy = pytest.importorskip("numpy")
+    left, right = (
+        trainer(bert(), seed=kind(7), masks=kind(2), steps=kind(40), warmup=None) for kind in (int, numpy.int64)
+    )
+    assert left.settings == right.settings
+    assert all(type(value) is not numpy.int64 for value in right.settings.as_json().values())
+    for of in (left, right):
+        of.fit(texts(), 1, progress=False)
+    assert_same(everything(left), everything(right))
+
+
 def test_features_and_images_in_a_loader():
     features = [torch.randn(n, WIDTH) for n in (5, 9, 7, 4)]
     of = trainer(bert(), preset="audio")
