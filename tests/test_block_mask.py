@@ -148,6 +148,8 @@ BAD = {
     "keep a tensor": ({"keep": torch.tensor(0.5)}, "keep is tensor", "expected a finite number"),
     "adjust infinite": ({"adjust": float("inf")}, "adjust is inf", "expected a finite number"),
     "no length": ({"length": 0}, "length is 0", "at least 1"),
+    "too long": ({"length": 2**30}, "length is 1073741824", "less than 2^30"),
+    "far too long": ({"length": 2**70}, "length is 1180591620717411303424", "less than 2^30"),
     "seed too large": ({"seed": 2**63}, "seed is 9223372036854775808", "64 bits"),
     "seed a float": ({"seed": 1.0}, "seed is a float", "expected an integer"),
     "seed true": ({"seed": True}, "seed is a bool", "expected an integer"),
@@ -171,3 +173,42 @@ def test_bad_calls_name_the_argument(case):
     given = {"B": 2, "M": 3, "shape": (9,), "keep": 0.5, "adjust": 0.1, "length": 2, **change}
     with pytest.raises(ValueError, match=says("block_mask", *said)):
         pyeff.ops.block_mask(given.pop("B"), given.pop("M"), given.pop("shape"), **given)
+
+
+def test_lengths_that_no_kernel_takes(native):
+    """By every backend, through the op itself too."""
+    with pytest.raises(ValueError, match=says("block_mask", "length is 1073741824", "less than 2^30")):
+        pyeff.ops.block_mask(2, 3, (9,), keep=0.5, length=2**30)
+    seed, lengths = torch.tensor(1), torch.tensor([9, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match=says("block_mask", "length is 1073741824", "less than 2^30")):
+        torch.ops.pyeff.block_mask(seed, None, lengths, 3, 9, 0, 0.5, 0.2, 2**30, True, 4, backend=native)
+    assert pyeff.ops.block_mask(2, 3, (9,), keep=0.5, length=2**30 - 1).width == 4
+
+
+def test_no_centres_more_by_default(native):
+    options = {"keep": 0.5, "length": 2, "seed": 3, "device": places.here().device}
+    expected = pyeff.ops.block_mask(2, 3, (9,), adjust=0.0, **options)
+    assert same(pyeff.ops.block_mask(2, 3, (9,), **options), expected)
+    assert same(pyeff.reference.block_mask(2, 3, (9,), **options), expected)
+
+
+@pytest.mark.parametrize("where", [pyeff.ops, pyeff.reference], ids=["ops", "reference"])
+def test_seeds_of_other_kinds(where):
+    """Whatever counts as an index; what is true or false does not."""
+    numpy = pytest.importorskip("numpy")
+
+    class Seven:
+        def __index__(self):
+            return 7
+
+    def masks(seed):
+        return where.block_mask(2, 3, (9,), keep=0.5, length=2, seed=seed)
+
+    for seed in (numpy.int64(7), numpy.uint8(7), Seven()):
+        assert same(masks(seed), masks(7))
+    assert same(masks(numpy.int64(-1)), masks(-1))
+    for seed in (True, numpy.bool_(True), 7.0, "7", None):
+        with pytest.raises(ValueError, match=says("block_mask", f"seed is a {type(seed).__name__}", "an integer")):
+            masks(seed)
+    with pytest.raises(ValueError, match="64 bits"):
+        masks(numpy.uint64(2**63))

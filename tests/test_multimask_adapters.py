@@ -126,6 +126,8 @@ def test_mae_loss(norm_pix_loss):
     expected = ((pred - y).square().mean(-1) * mask).sum() / mask.sum()
     compare(adapters.mae_loss(pred, target, mask, norm_pix_loss=norm_pix_loss), expected, [pred])
     compare(adapters.mae_loss(pred, target, mask.bool(), norm_pix_loss=norm_pix_loss), expected, [pred])
+    if not norm_pix_loss:  # the default of MAE's code
+        compare(adapters.mae_loss(pred, target, mask), expected, [pred])
     # Several students of each image.
     hidden = torch.rand(BATCH, 2, TOKENS) < 0.5
     pred = draw(2 * BATCH, TOKENS, WIDTH)

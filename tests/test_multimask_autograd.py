@@ -1,4 +1,4 @@
-"""The derivatives of the multimask family against finite differences, what is kept for them, and torch's own checks."""
+"""The derivatives of the multimask family: against finite differences, by factors, again, in sums, and hooks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from itertools import combinations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyeff
-from tests import helpers, places
+from tests import helpers
 from tests.multimask_calls import (
     KINDS,
     MAKERS,
@@ -18,8 +16,6 @@ from tests.multimask_calls import (
     OPS,
     REDUCTIONS,
     Call,
-    check_call,
-    make_bias,
     make_gather,
     make_loss,
     make_plan,
@@ -29,6 +25,7 @@ from tests.multimask_calls import (
     random_grad,
     results,
 )  # fmt: skip
+from tests.multimask_parts import small
 
 OPERATION = "multimask_loss"
 ops = pytest.mark.parametrize("op", OPS)
@@ -54,15 +51,6 @@ def check_gradient(call: Call, names) -> None:
         return out.nan_to_num(neginf=0.0)
 
     assert torch.autograd.gradcheck(function, [call.tensors[n].detach().clone().requires_grad_() for n in names])
-
-
-def small(op: str) -> Call:
-    """Finite, for finite differences."""
-    if op == "multimask_targets":
-        return make_targets(2, 5, 3, 2, norm="instance", post_norm="layer", lengths=None)
-    if op == "multimask_relative_bias":
-        return make_bias(make_plan(1, 2, 5), 2)
-    return MAKERS[op](plan=make_plan(2, 2, 5), width=3, traps=False)
 
 
 @ops
@@ -270,92 +258,6 @@ def test_create_graph_alone_is_allowed(native_kernels, op):
         assert torch.equal(a.detach(), b)
 
 
-class Work(TorchDispatchMode):
-    """The sizes of what the inner ops return."""
-
-    def __init__(self):
-        super().__init__()
-        self.found: dict[str, list[list[int]]] = {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        out = function(*arguments, **(keywords or {}))
-        if function.namespace == "pyeff":
-            given = out if isinstance(out, (tuple, list)) else () if out is None else (out,)
-            self.found.setdefault(function._opname, []).append([t.numel() for t in given])
-        return out
-
-
-def test_the_gradient_is_written_in_the_forward_pass(native_kernels):
-    """Where predictions alone want it and a backward with one comes from above: nothing else is done."""
-    call = make_loss(dtype=torch.float32)
-    size = call.first.numel()
-    with Work() as work:
-        results(call, ["pred"], torch.ones(()))
-        results(call, ["pred", "target"], torch.ones(()))
-        results(call, ["target"], torch.ones(()))
-        results(call.but(reduction="none"), ["pred"], torch.ones(6, 13))
-        call()
-    assert [sizes[1] for sizes in work.found["multimask_loss_forward"]] == [size, 0, 0, 0, 0]
-    pairs = [[size, 2 * 13 * 9], [0, 2 * 13 * 9], [size, 0]]
-    assert work.found["multimask_loss_backward"] == pairs
-
-
-@pytest.mark.parametrize("names", [("x",), ("fill",), ("x", "fill")], ids="-".join)
-def test_only_wanted_gradients_are_formed(native_kernels, names):
-    call = make_scatter(fill="TD")
-    with Work() as work:
-        results(call, names, random_grad(call))
-    ((dx, dfill),) = work.found["multimask_scatter_backward"]
-    assert (dx > 0, dfill > 0) == ("x" in names, "fill" in names)
-
-
-def saved_bytes(call: Call) -> int:
-    """Bytes that the graph holds beyond its inputs, the plan and its output."""
-    call = call.require_grad([next(iter(call.tensors))])
-    known = {t.untyped_storage().data_ptr() for t in call.tensors.values()}
-    if call.plan:
-        parts = (call.plan.ids_keep, call.plan.keep_len, call.plan.inverse, call.plan.lengths)
-        known |= {t.untyped_storage().data_ptr() for t in parts}
-    kept: dict[int, int] = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = call()
-    known.add(out.untyped_storage().data_ptr())
-    return sum(size for address, size in kept.items() if address not in known)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_saved_for_backward(native_kernels, dtype):
-    """Inputs and the plan by reference, numbers of a few bytes, and of the loss the gradient itself."""
-    plan = make_plan(2, 3, 40, ragged=False)
-    for call in (make_gather(plan, 16), make_scatter(plan, 16, fill="BTD", noise=0.1), make_targets(2, 40, 16)):
-        assert saved_bytes(call.to(dtype)) <= 64, call.op
-    loss = make_loss(plan, 16, dtype=dtype)
-    assert saved_bytes(loss) <= loss.first.numel() * dtype.itemsize + 64
-    assert saved_bytes(make_bias(plan, scale=False)) <= 64
-
-
-@pytest.mark.parametrize("names", [["pred"], ["pred", "target"]], ids="-".join)
-def test_nothing_of_the_size_of_predictions_but_the_gradient(cpu_kernels, names):
-    """No tensor of [B*M, T, D] is allocated but the gradient, in its dtype."""
-    call = make_loss(make_plan(2, 8, 100), 64, dtype=torch.bfloat16, traps=False).require_grad(names)
-    leaves, one = [call.tensors[n] for n in names], call.first.numel() * 2
-
-    def step():
-        return torch.autograd.grad(call(), leaves)
-
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    large = [size for size in events if size >= one // 2]
-    assert large == [one]
-
-
 def test_changing_an_input_in_place_is_noticed(native_kernels):
     for op, name in (("multimask_targets", "layer0"), ("multimask_loss", "target")):
         call = MAKERS[op]().require_grad(MAKERS[op]().tensors)
@@ -396,134 +298,3 @@ def test_a_hook_on_predictions(native):
     (once,) = seen
     assert torch.equal(once, results(call, ["pred"], torch.ones(()))["pred"])
     assert torch.equal(call.first.grad, 2 * once)
-
-
-def test_shapes_past_2_to_the_31_elements():
-    """Without memory: outputs and gradients beyond what 32 bits can count."""
-    with FakeTensorMode():
-        rows, tokens, width = 64 * 16, 4096, 1024
-
-        def empty(*size, dtype=torch.bfloat16):
-            return torch.empty(size, dtype=dtype, device="cpu")
-
-        ids, keep = empty(rows, 2048, dtype=torch.int32), empty(rows, dtype=torch.int32)
-        inverse, lengths = empty(rows, tokens, dtype=torch.int32), empty(64, dtype=torch.int32)
-        kept = torch.ops.pyeff.multimask_gather_forward(empty(64, tokens, width), ids, keep, inverse, "cpu")
-        assert kept.numel() == rows * 2048 * width >= 2**31
-        back = torch.ops.pyeff.multimask_gather_backward(kept, inverse, 64, "cpu")
-        assert back.shape == (64, tokens, width)
-        seed = empty(dtype=torch.int64)
-        out = torch.ops.pyeff.multimask_scatter_forward(
-            kept, ids, keep, inverse, lengths, None, seed, None, 0.01, "cpu"
-        )
-        assert out.numel() > 2**31
-        target = empty(64, tokens, width, dtype=torch.float32)
-        loss, dpred, moments = torch.ops.pyeff.multimask_loss_forward(
-            out, target, inverse, lengths, None, "l2", 0.0, 1.0, "sum", True, True, "cpu"
-        )
-    assert (loss.shape, dpred.shape, moments.shape) == ((), out.shape, (1 + 4 * width,))
-
-
-def test_rows_far_apart(cpu_kernels):
-    """Strides of 2^30 elements: in 32 bits the offset of the third sample would be negative."""
-    stride = 2**30
-    storage = torch.UntypedStorage(2 * (3 * stride))
-
-    def far(t: torch.Tensor) -> torch.Tensor:
-        return torch.empty(0, dtype=t.dtype).set_(storage, 0, t.shape, (stride, t.shape[2], 1)).copy_(t)
-
-    plan = make_plan(3, 1, 7)
-    for make, name in ((make_gather, "x"), (make_scatter, "x"), (make_loss, "pred")):
-        call = make(plan, dtype=torch.bfloat16)
-        call = call.but(**{name: far(call.first)})
-        assert call.first.stride(0) == stride
-        check_call(call, [name])
-    call = make_targets(3, 7, layers=1, dtype=torch.bfloat16)
-    check_call(call.but(layer0=far(call.first)))
-
-
-def inner_calls() -> list[tuple[str, tuple]]:
-    """Valid arguments of every inner op but the backend's name, which comes last."""
-    plan = make_plan(2, 2, 5)
-    index, dtype = (plan.ids_keep, plan.keep_len, plan.inverse), places.here().dtypes[0]
-    x, fill = (normal(*s, seed=1).to(index[0].device, dtype) for s in ((4, plan.width, 3), (2, 5, 3)))
-    whole, seed = normal(4, 5, 3, seed=2).to(x), torch.tensor(3)
-    target = normal(2, 5, 3, seed=3).to(x.device, pyeff.reference.multimask.wide(dtype))
-    loss, slopes = (whole, target, plan.inverse, plan.lengths, plan.count()), target.new_tensor([0.5, 1.0])
-    total, above = torch.zeros_like(target), normal(4, 2, plan.width, plan.width, seed=4)
-    return [
-        ("multimask_gather_forward", (fill, *index)),
-        ("multimask_gather_backward", (x, plan.inverse, 2)),
-        ("multimask_scatter_forward", (x, *index, plan.lengths, fill, seed, None, 0.1)),
-        ("multimask_scatter_forward", (x, *index, plan.lengths, None, seed, torch.tensor([7, 9]), 0.0)),
-        ("multimask_scatter_backward", (whole, *index, plan.lengths, 2, [True, True])),
-        ("multimask_scatter_backward", (whole, *index, plan.lengths, 0, [True, False])),
-        ("multimask_targets_forward", ([fill, 2 * fill], plan.lengths, "instance", "layer", 1e-5)),
-        ("multimask_targets_backward", (target, [fill, 2 * fill], plan.lengths, "instance", "layer", 1e-5)),
-        ("multimask_accumulate_kernels", (total, fill, plan.lengths, 0.5, "batch", 1e-5)),
-        ("multimask_loss_forward", (*loss, "l2", 0.0, 1.0, "mean", True, True)),
-        ("multimask_loss_forward", (*loss[:4], None, "cosine", 0.0, 1.0, "none", False, False)),
-        ("multimask_loss_backward", (target.new_tensor(2.0), *loss, "smooth_l1", 0.5, 1.0, [True, True])),
-        ("multimask_loss_backward", (target.new_tensor(2.0), *loss, "l2", 0.0, 1.0, [False, True])),
-        ("multimask_relative_bias_forward", (*index[:2], slopes, 0, dtype)),
-        ("multimask_relative_bias_backward", (above.to(x), *index[:2], slopes, 0)),
-        ("block_mask_kernels", (seed, None, plan.lengths, 3, 5, 0, 0.4, 0.2, 2, True, 2)),
-        ("ema_update_kernels", ([total.clone()], [target], torch.tensor(0.9, dtype=torch.float64), [])),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("which", range(17))
-def test_opcheck_of_inner_ops(native_kernels, which):
-    calls = inner_calls()
-    assert len(calls) == 17
-    name, arguments = calls[which]
-    changed = name.endswith("_kernels") and not name.startswith("block")
-    # An op that changes its arguments has no derivative to be traced.
-    tests = ("test_schema", "test_faketensor") if changed else torch.library._OPCHECK_DEFAULT_UTILS
-    torch.library.opcheck(getattr(torch.ops.pyeff, name), (*arguments, native_kernels), test_utils=tests)
-
-
-@ops
-def test_opcheck(native_kernels, op):
-    check_op(small(op), native_kernels)
-
-
-def test_opcheck_by_the_reference():
-    check_op(small("multimask_gather"), "reference")
-
-
-def check_op(call: Call, backend: str) -> None:
-    op, call = call.op, call.require_grad(call.tensors)
-    given, plan = list(call.tensors.values()), call.plan
-    options = {**call.options, "backend": backend}
-    if op == "multimask_targets":
-        lengths = torch.full((2,), 5, dtype=torch.int32)
-        arguments = (given, lengths)
-    elif op == "multimask_relative_bias":
-        arguments = (plan.ids_keep, plan.keep_len, given[0])
-        options = {"prefix": 0, "backend": backend}
-    elif op == "multimask_loss":
-        arguments = (*given, plan.inverse, plan.lengths, plan.keep_len)
-    else:
-        arguments = (given[0], plan.ids_keep, plan.keep_len, plan.inverse)
-    if op == "multimask_scatter":
-        options = {"noise_std": 0.1, "backend": backend}
-        arguments = (*arguments, plan.lengths, torch.tensor(3), given[1])
-    torch.library.opcheck(getattr(torch.ops.pyeff, op), arguments, options)
-
-
-def test_opcheck_of_ops_without_a_gradient(native_kernels):
-    seed, lengths = torch.tensor(3), torch.tensor([9, 7], dtype=torch.int32)
-    torch.library.opcheck(
-        torch.ops.pyeff.block_mask, (seed, None, lengths, 3, 9, 0, 0.4, 0.2, 2, True, 3), {"backend": native_kernels}
-    )
-    layer = torch.randn(2, 9, 4)
-    torch.library.opcheck(
-        torch.ops.pyeff.multimask_accumulate_, (torch.zeros(2, 9, 4), layer, lengths),
-        {"weight": 0.5, "backend": native_kernels}, test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
-    decay = torch.tensor(0.9, dtype=torch.float64)
-    torch.library.opcheck(
-        torch.ops.pyeff.ema_update_, ([torch.zeros(3)], [torch.ones(3)], decay, [torch.zeros(3)]),
-        {"backend": native_kernels}, test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip

@@ -122,6 +122,22 @@ def test_plans_of_ids():
     assert (short.keep_len[3:] <= 4).all()
 
 
+@pytest.mark.parametrize("number", [-1, 5])
+def test_plans_of_ids_whose_counts_are_out_of_range(number):
+    """On a GPU, which nobody waits for, they are brought into their range; so they are while tracing."""
+    ids = make_plan(2, 3, 13, ragged=False).ids_keep.view(2, 3, -1)[..., :4].contiguous()
+    counts = torch.full((2, 3), 2)
+    assert MaskPlan.from_ids(ids, 13, counts).keep_len.tolist() == [2] * 6
+    counts[1, 1] = number
+    with pytest.raises(ValueError, match=says("MaskPlan.from_ids", "keep_len has values outside of 0 to 4")):
+        MaskPlan.from_ids(ids, 13, counts)
+    with pytest.raises(ValueError, match=says("MaskPlan.from_ids", "lengths has values outside of 0 to 13")):
+        MaskPlan.from_ids(ids, 13, lengths=torch.tensor([13, 14 if number > 0 else -1]))
+    plan = torch.compile(MaskPlan.from_ids, backend="eager")(ids, 13, counts)
+    check_plan(plan)
+    assert int(plan.keep_len[4]) == min(max(number, 0), 4)
+
+
 def test_prefix():
     plan = make_plan()
     found = plan.with_prefix(2)

@@ -185,8 +185,10 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
 
     path, broken = tmp_path / "model.safetensors", tmp_path / "broken.safetensors"
     ticket.save(pruned(), path)
-    with pytest.raises(ValueError, match="has no ticket, expected a pruned model"):
-        ticket.save(mlp(), broken)
+    masked = mlp()
+    ticket.mask(masked, {"0": masked[0].weight > 0})
+    with pytest.raises(ValueError, match="0 has a mask of elements, expected tickets of blocks"):
+        ticket.save(masked, broken)
     model = mlp()
     with pytest.raises(ValueError, match=r"does not fit: 0.bias is missing"):
         ticket.load(model, path)

@@ -34,6 +34,24 @@ def test_every_module_stays_in_its_mode(faster):
     assert torch.equal(model[1].running_mean, before)
 
 
+def test_a_model_that_stays_dense_is_saved(tmp_path, faster):
+    """Nothing was faster as a ticket: the file has the model as it is, for one that was pruned, too."""
+    pytest.importorskip("safetensors")
+    faster(1.0, 2.0)
+    model, fresh, pruned = classifier("bert"), classifier("bert"), classifier("bert")
+    found = ticket.sparsify(model, inputs(), density=0.5, block=8)
+    assert {row.chosen for row in found.layers.values()} == {"dense"}
+    ticket.save(model, tmp_path / "a")
+    ticket.prune(pruned, density=0.5, block=8)
+    ticket.fuse_qkv(pruned)
+    for target in (fresh, pruned):
+        with torch.no_grad():
+            target.classifier.weight.zero_()
+        assert ticket.load(target, tmp_path / "a") is target
+        assert not ticket.tickets(target)
+        assert torch.equal(target(**inputs()).logits, model(**inputs()).logits)
+
+
 def fused():
     model = classifier("bert")
     ticket.prune(model, density=0.5, block=8)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
 from pyeff.ops._calls import check_tensor
 from pyeff.plans import MaskPlan
+from pyeff.reference.multimask import integer_seed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,8 +31,22 @@ def check_floating(op: str, **tensors: object) -> None:
 
 def check_option(op: str, name: str, value: object, options: tuple[str, ...]) -> None:
     """Raises ValueError unless the value is one of the options."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, options))}")
+
+
+def checked_number(op: str, name: str, value: object) -> float:
+    """A number of Python's, NumPy's or a tracer's as a float.
+
+    Raises:
+        ValueError: it is something else. A tensor is, too: its value would have to be waited for.
+    """
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # must not be asked for its value
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        came = repr(value) if isinstance(value, (str, bool)) else f"a {type(value).__name__}"
+        raise ValueError(f"{op}: {name} is {came}, expected a number")
+    return float(value)
 
 
 def check_eps(op: str, eps: float) -> None:
@@ -50,11 +67,7 @@ def checked_seed(op: str, seed: object, device: torch.device) -> Tensor:
                 f"{op}: seed is {seed.dtype} {list(seed.shape)} on {seed.device}, expected one int64 on {device}"
             )
         return seed.reshape(())
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise ValueError(f"{op}: seed is a {type(seed).__name__}, expected an integer or an int64 tensor")
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: seed is {seed}, expected an integer of 64 bits")
-    return torch.full((), seed, dtype=torch.int64, device=device)  # type: ignore[arg-type]
+    return torch.full((), integer_seed(op, seed), dtype=torch.int64, device=device)
 
 
 def check_seed(op: str, seed: Tensor, like: Tensor) -> None:

@@ -35,7 +35,7 @@ def block_mask(
     shape: Sequence[int],
     *,
     keep: float,
-    adjust: float,
+    adjust: float = 0.0,
     length: int,
     inverse: bool = True,
     seed: int | Tensor = 0,
@@ -54,8 +54,9 @@ def block_mask(
         B (int), M (int): samples, and students of each.
         shape (sequence of int): (T,) or (H, W).
         keep (float): the share that a student sees, 0 to 1.
-        adjust (float): a share of more centres, for what is lost where blocks overlap.
-        length (int): of a block in each dimension; 1 draws single tokens.
+        adjust (float): a share of more centres, for what is lost where blocks overlap. Single tokens need none; the
+            paper takes .05 for audio, .07 for images.
+        length (int): of a block in each dimension, below 2^30; 1 draws single tokens.
         inverse (bool): whether blocks are of what is kept (inverse block masking), or of what is hidden.
         seed (int or Tensor): an int64 tensor of one number on ``device`` may change between replays of a graph.
         sample_ids (Tensor, optional): [B] int64, names of the samples. Default: 0 to B - 1.
@@ -92,6 +93,8 @@ def block_mask(
     tokens = sizes[0] if len(sizes) == 1 else sizes[0] * sizes[1]
     if tokens >= 2**30 or M >= 2**30:
         raise ValueError(f"{op}: shape is {shape!r} and M {M}, expected less than 2^30 tokens and masks")
+    if length >= 2**30:
+        raise ValueError(f"{op}: length is {length}, expected less than 2^30")
     if lengths is not None and len(sizes) == 2:
         raise ValueError(f"{op}: lengths was given for a shape {shape!r}, expected none but for (T,)")
     if device is None:
@@ -134,6 +137,8 @@ def _block_mask(
         or (grid_width and tokens % grid_width)
     ):
         raise ValueError(f"{op}: sizes {(batch, masks, tokens, grid_width, length, slots)} do not fit each other")
+    if length >= 2**30:
+        raise ValueError(f"{op}: length is {length}, expected less than 2^30")
     if max(masks, tokens) >= 2**30 or not 0 <= keep <= 1 or not abs(share) < float("inf"):
         raise ValueError(f"{op}: keep is {keep} and share {share}, expected 0 to 1 and a finite number")
     like = lengths.new_empty(0, dtype=torch.float32)

@@ -14,7 +14,14 @@ from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
 from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
-from pyeff.ops._multimask_checks import check_floating, check_plan, check_sample_ids, check_seed, checked_seed
+from pyeff.ops._multimask_checks import (
+    check_floating,
+    check_plan,
+    check_sample_ids,
+    check_seed,
+    checked_number,
+    checked_seed,
+)
 from pyeff.plans import MaskPlan
 
 _lib = torch.library.Library("pyeff", "FRAGMENT")
@@ -203,7 +210,7 @@ def multimask_scatter(
     check_sample_ids(op, sample_ids, plan.batch, x)
     return torch.ops.pyeff.multimask_scatter(
         x, plan.ids_keep, plan.keep_len, plan.inverse, plan.lengths, checked_seed(op, seed, x.device), fill,
-        noise_std=float(noise_std), sample_ids=sample_ids, backend=backends.current(),
+        noise_std=checked_number(op, "noise_std", noise_std), sample_ids=sample_ids, backend=backends.current(),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
 from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
-from pyeff.ops._multimask_checks import check_floating, check_option, check_plan
+from pyeff.ops._multimask_checks import check_floating, check_option, check_plan, checked_number
 from pyeff.plans import MaskPlan
 from pyeff.reference.multimask import KINDS, REDUCTIONS, wide
 
@@ -71,8 +71,8 @@ def multimask_loss(
         and the sums of squares of the targets and of the predictions. Moments of several processes add up.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other, an unknown option, or a ``beta`` that is
-            negative or belongs to no kind.
+        ValueError: shapes, dtypes or devices that do not fit each other, an unknown option, a ``beta`` that is
+            negative or belongs to no kind, or a number that is none.
         RuntimeError: a backend was named that cannot serve the call; a double backward through the kernels; or, on a
             GPU, a gradient used after a second backward has scaled it in place without ``retain_graph``.
 
@@ -91,6 +91,11 @@ def multimask_loss(
     op = "multimask_loss"
     check_plan(op, plan)
     check_floating(op, pred=pred, target=target)
+    # Here, too: what is of another type than the schema's does not come to the op's own checks.
+    check_option(op, "kind", kind, KINDS)
+    check_option(op, "reduction", reduction, REDUCTIONS)
+    beta = checked_number(op, "beta", beta)
+    scale = None if scale is None else checked_number(op, "scale", scale)
     fits = pred.shape[:2] == plan.inverse.shape and target.shape[:1] == plan.lengths.shape
     if pred.dim() == target.dim() == 3 and not fits:
         raise ValueError(
@@ -98,7 +103,7 @@ def multimask_loss(
             f"with the plan's B {plan.batch}, M {plan.masks}, T {plan.tokens}"
         )
     loss, moments = torch.ops.pyeff.multimask_loss(
-        pred, target, plan.inverse, plan.lengths, plan.keep_len, kind=kind, beta=float(beta), scale=scale,
+        pred, target, plan.inverse, plan.lengths, plan.keep_len, kind=kind, beta=beta, scale=scale,
         reduction=reduction, statistics=bool(statistics), backend=backends.current(),
     )  # fmt: skip
     return (loss, moments) if statistics else loss

@@ -15,7 +15,7 @@ from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
 from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
-from pyeff.ops._multimask_checks import check_eps, check_floating, check_option
+from pyeff.ops._multimask_checks import check_eps, check_floating, check_option, checked_number
 from pyeff.plans.mask import checked_lengths
 from pyeff.reference.multimask import NORMS, wide
 
@@ -81,9 +81,12 @@ def multimask_targets(
     op = "multimask_targets"
     layers = list(layers)
     _check_layers(op, layers)
+    check_option(op, "norm", norm, NORMS)
+    check_option(op, "post_norm", post_norm, NORMS)
+    eps = checked_number(op, "eps", eps)
     lengths = checked_lengths(op, lengths, layers[0].shape[0], layers[0].shape[1], layers[0].device)
     return torch.ops.pyeff.multimask_targets(
-        layers, lengths, norm=norm, post_norm=post_norm, eps=float(eps), backend=backends.current()
+        layers, lengths, norm=norm, post_norm=post_norm, eps=eps, backend=backends.current()
     )
 
 
@@ -196,9 +199,11 @@ def multimask_accumulate_(
     check_floating(op, total=total, layer=layer)
     if layer.dim() != 3:
         raise ValueError(f"{op}: layer has shape {list(layer.shape)}, expected [B, T, D]")
+    check_option(op, "norm", norm, NORMS)
+    weight, eps = checked_number(op, "weight", weight), checked_number(op, "eps", eps)
     lengths = checked_lengths(op, lengths, layer.shape[0], layer.shape[1], layer.device)
     torch.ops.pyeff.multimask_accumulate_(
-        total, layer, lengths, weight=float(weight), norm=norm, eps=float(eps), backend=backends.current()
+        total, layer, lengths, weight=weight, norm=norm, eps=eps, backend=backends.current()
     )
 
 

@@ -99,7 +99,9 @@ class MaskPlan:
             lengths (Tensor, optional): [B] integers, as for :meth:`from_mask`; what is listed past them is not kept.
 
         Raises:
-            ValueError: shapes or kinds do not fit; on a CPU also a token that is not there, or is there twice.
+            ValueError: shapes or kinds do not fit; on a CPU also a token that is not there, or is there twice, or a
+                number in ``keep_len`` or ``lengths`` that is out of range. On a GPU, which would have to be waited for,
+                tokens that are not there do not count, and numbers are brought into their range.
         """
         kinds = (torch.int32, torch.int64)
         if not isinstance(ids, Tensor) or ids.dtype not in kinds or ids.dim() != 3 or 0 in ids.shape:
@@ -118,9 +120,14 @@ class MaskPlan:
                 f"{ids.device}"
             )
         lengths = checked_lengths("MaskPlan.from_ids", lengths, batch, tokens, ids.device)
+        plain = type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if plain and type(keep_len) is Tensor and not 0 <= int(keep_len.min()) <= int(keep_len.max()) <= width:
+            raise ValueError(
+                f"MaskPlan.from_ids: keep_len has values outside of 0 to {width}, the slots that ids has for a row"
+            )
         rows, slot = ids.reshape(-1, width).long(), torch.arange(width, device=ids.device)
         counts = (slot < (width if keep_len is None else keep_len.reshape(-1, 1))).expand_as(rows)
-        if type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if plain:
             given = rows.masked_fill(~counts, -1).sort(1).values
             twice = (given[:, 1:] == given[:, :-1]) & (given[:, 1:] >= 0)
             if bool(((rows < 0) | (rows >= tokens))[counts].any()) or bool(twice.any()):

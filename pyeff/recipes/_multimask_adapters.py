@@ -170,7 +170,7 @@ def vjepa_loss(
 
 
 def mae_loss(
-    pred: Tensor, target: Tensor, mask: Tensor | MaskPlan, *, norm_pix_loss: bool = True, eps: float = 1e-6
+    pred: Tensor, target: Tensor, mask: Tensor | MaskPlan, *, norm_pix_loss: bool = False, eps: float = 1e-6
 ) -> Tensor:
     """MAE's loss: the mean square over removed patches, of patches that were normed one by one if wanted.
 
@@ -178,7 +178,7 @@ def mae_loss(
         pred (Tensor): [B, T, C] (with a plan: [B*M, T, C]), without the class token.
         target (Tensor): [B, T, C], the patches. No gradient.
         mask (Tensor or MaskPlan): [B, T], not zero where a patch was removed.
-        norm_pix_loss (bool): each patch less its mean, over its (unbiased) deviation.
+        norm_pix_loss (bool): each patch less its mean, over its (unbiased) deviation. Default: as MAE's code, not.
         eps (float): added to the variance.
 
     Returns:

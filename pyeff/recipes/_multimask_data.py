@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from pyeff.recipes._multimask_settings import key
 
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 _KEPT = {"text": (*_TEXT, "sample_ids"), "image": ("pixel_values", "sample_ids")}
+# One number for each token.
+_BESIDE = ("token_type_ids", "position_ids")
 
 
 class Order:
@@ -63,14 +65,28 @@ class _Numbered(torch.utils.data.Dataset):
 
 
 class Collate:
-    """Items of a dataset as one batch: texts tokenised, sequences padded on the right, images stacked."""
+    """Items of a dataset as one batch: texts tokenised, sequences padded on the right, images stacked.
 
-    def __init__(self, modality: str, tokenizer: Any, pad: int, limit: int | None) -> None:
+    Of a mapping's entries those are taken that a pre-training knows. Others that the model's embeddings know
+    (``known``, the names of their arguments) are refused, since without them it would be trained on something else;
+    what they do not know either, such as labels, is left out.
+    """
+
+    def __init__(self, modality: str, tokenizer: Any, pad: int, limit: int | None, known: Collection[str] = ()) -> None:
         self.modality, self.tokenizer, self.pad, self.limit = modality, tokenizer, pad, limit
+        self.refused = frozenset(known) - {*_KEPT[modality]}
 
     def __call__(self, numbered: Sequence[tuple[int, Any]]) -> dict[str, Tensor]:
         places = torch.tensor([place for place, _ in numbered], dtype=torch.int64)
         return {**self.items([item for _, item in numbered]), "sample_ids": places}
+
+    def check(self, what: str, entries: Mapping[str, Any]) -> None:
+        """Raises ValueError if an entry is one that the model would use and that would be left out."""
+        if found := sorted(name for name in self.refused & entries.keys() if entries[name] is not None):
+            raise ValueError(
+                f"{what} has {found[0]!r}, which the model's embeddings take and a pre-training does not, expected "
+                f"{', '.join(map(repr, _KEPT[self.modality]))} (and what no embeddings take, which is left out)"
+            )
 
     def items(self, items: Sequence[Any]) -> dict[str, Tensor]:
         """The batch of some items; of one that is a tuple or a list of tensors, the first counts."""
@@ -83,6 +99,8 @@ class Collate:
         if not isinstance(first, Mapping):
             name = "pixel_values" if self.modality == "image" else "input_ids"
             items = [{name: item} for item in items]
+        for item in items:
+            self.check("data: an item", item)
         if self.modality == "image":
             return {"pixel_values": torch.stack([torch.as_tensor(_part(item, "pixel_values")) for item in items])}
         return self._padded(items)
@@ -97,24 +115,32 @@ class Collate:
         main = "input_ids" if "input_ids" in items[0] else "inputs_embeds"
         sequences = [torch.as_tensor(_part(item, main))[: self.limit] for item in items]
         # Padding of its own counts no more here than elsewhere.
-        masks = [torch.as_tensor(item["attention_mask"])[: self.limit] for item in items if "attention_mask" in item]
-        for mask in masks:
+        lengths = [len(sequence) for sequence in sequences]
+        for i, item in enumerate(items):
+            if item.get("attention_mask") is None:
+                continue
+            mask = torch.as_tensor(item["attention_mask"])[: self.limit]
             if mask.dim() != 1 or bool((mask[1:].ne(0) & mask[:-1].eq(0)).any()):
                 raise ValueError(
                     "data: an item's attention_mask has gaps or padding on the left, expected padding on the right only"
                 )
-        lengths = [int(m.ne(0).sum()) for m in masks] if len(masks) == len(items) else [len(s) for s in sequences]
+            lengths[i] = min(int(mask.ne(0).sum()), lengths[i])
         longest = max(max(lengths), 1)
         out = {main: sequences[0].new_full((len(items), longest, *sequences[0].shape[1:]), self._filler(main))}
         out["attention_mask"] = torch.zeros(len(items), longest, dtype=torch.int64)
-        for name in ("token_type_ids",):
-            if name in items[0]:
-                out[name] = torch.zeros(len(items), longest, dtype=torch.int64)
+        beside = [name for name in _BESIDE if any(item.get(name) is not None for item in items)]
+        out |= {name: torch.zeros(len(items), longest, dtype=torch.int64) for name in beside}
         for i, (item, sequence, length) in enumerate(zip(items, sequences, lengths, strict=True)):
             out[main][i, :length] = sequence[:length]
             out["attention_mask"][i, :length] = 1
-            if "token_type_ids" in out:
-                out["token_type_ids"][i, :length] = torch.as_tensor(_part(item, "token_type_ids"))[:length]
+            for name in beside:
+                given = torch.as_tensor(_part(item, name))
+                if given.dim() != 1 or len(given) < length:
+                    raise ValueError(
+                        f"data: an item's {name} has shape {list(given.shape)}, expected [{len(sequence)}], one number "
+                        f"for each of its {main}"
+                    )
+                out[name][i, :length] = given[:length]
         return out
 
     def _filler(self, name: str) -> int:
@@ -122,7 +148,7 @@ class Collate:
 
 
 def _part(item: Mapping[str, Any], name: str) -> Any:
-    if name not in item:
+    if item.get(name) is None:
         expected = "'input_ids' or 'inputs_embeds'" if name == "inputs_embeds" else repr(name)
         raise ValueError(f"data: an item has the keys {sorted(item)}, expected {expected}")
     return item[name]
@@ -219,6 +245,7 @@ def prepare(
         return prepare(batch[0], collate, patch, device, dtype, first_id)
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch is a {type(batch).__name__}, expected a mapping, a tensor or a list of texts")
+    collate.check("batch", batch)
     given = {name: t for name, t in batch.items() if name in _KEPT[collate.modality] and t is not None}
     main = next((n for n in ("pixel_values", "input_ids", "inputs_embeds") if n in given), None)
     if main is None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyeff.recipes import _multimask_progress
+from pyeff.recipes import _multimask_progress, _multimask_resume
 from pyeff.recipes._multimask_data import Order, Places, is_dataset, loader
+from pyeff.recipes._multimask_interrupts import Interrupts
 
 if TYPE_CHECKING:
     from pyeff.recipes.multimask import Pretrainer
@@ -34,6 +35,13 @@ def fit(
     engine = trainer._engine
     if steps is None:
         steps = max(trainer.settings.steps - trainer.steps_done, 0)
+        if steps == 0 and engine.rank == 0:
+            warnings.warn(
+                f"fit: steps={trainer.settings.steps} is reached, nothing is trained; fit(data, steps=...) goes on at "
+                "the end of the schedule, where the rate is 0 unless a schedule= was given; Pretrainer.load(path, "
+                "model, steps=...) goes on with a longer one",
+                stacklevel=3,
+            )
     for name, value in (("steps", steps), ("every", every), ("save_every", save_every), ("workers", workers)):
         least = 0 if name in ("steps", "workers") else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -55,25 +63,51 @@ def fit(
             going = callback(trainer, history[-1]) is not False and going
         return going
 
+    interrupts, saved = Interrupts(), 0
     try:
-        for done in range(1, steps + 1):
-            batch = next(batches, None)
-            if batch is None:
-                if (done - 1) % every:
-                    record()
-                break
-            trainer.step(batch)
-            bar.step()
-            going = record() if done % every == 0 or done == steps else True
-            if path is not None and save_every is not None and done % save_every == 0 and going and done < steps:
-                trainer.save(path)
-            if not going:
-                break
+        with interrupts:
+            for done in range(1, steps + 1):
+                batch = next(batches, None)
+                if batch is None:
+                    if done == 1:
+                        raise ValueError(
+                            "data has no batch, expected at least one: an iterator that was read to its end has to be "
+                            "made anew"
+                        )
+                    if (done - 1) % every:
+                        record()
+                    break
+                with interrupts.step():
+                    trainer.step(batch)
+                bar.step()
+                going = record() if done % every == 0 or done == steps else True
+                if path is not None and save_every is not None and done % save_every == 0 and going and done < steps:
+                    trainer.save(path)
+                    saved = trainer.steps_done
+                if not going:
+                    break
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(_stopped(trainer, path, saved, interrupts.inside)) from interrupt
     finally:
         bar.close()
     if path is not None:
         trainer.save(path)
     return history
+
+
+def _stopped(trainer: Pretrainer, path: str | os.PathLike | None, saved: int, inside: bool) -> str:
+    """What of a training that was interrupted is saved, after saving it where it can be."""
+    step, where = trainer.steps_done, None if path is None else os.fspath(path)
+    if inside:
+        done = f"{where} has step {saved}" if saved else "nothing was saved"
+        return f"interrupted in the middle of step {step + 1}: what is in memory is not to be saved; {done}"
+    if path is None:
+        return (
+            f"interrupted after step {step}: nothing was saved; trainer.save(path) still can, and fit(..., path=) does "
+            "so by itself"
+        )
+    _multimask_resume.save(trainer, path, wait=False)
+    return f"interrupted after step {step}, saved in {where}: Pretrainer.load goes on from there"
 
 
 def _batches(trainer: Pretrainer, data: Any, steps: int, workers: int) -> Iterable[Any]:

@@ -16,6 +16,16 @@ from pyeff.recipes._stacks import find_stacks
 
 # What layers are given of positions by a model around them. Students see tokens of many places, and have no such thing.
 _POSITIONS = ("position_bias", "position_embeddings", "rel_embeddings", "relative_pos", "sinusoidal_pos")
+REFUSED = "supported are"
+_FAMILY = (
+    "BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MiniLM, ELECTRA, DistilBERT, ERNIE, for images ViT, DeiT, DINOv2, ViT-MSN, "
+    "I-JEPA, and what is built like them"
+)
+# What comes after the last layer, where there is something: of RoBERTa with norms first, of its larger kin; of images.
+_FINAL_NORMS = {
+    "text": ("LayerNorm", "encoder.LayerNorm"),
+    "image": ("layernorm", "post_layernorm"),
+}
 _INPUTS = {"text": ("input_ids", "inputs_embeds"), "image": ("pixel_values",)}
 
 
@@ -116,6 +126,17 @@ def _feed_forward(layer: nn.Module, width: int) -> nn.Module | None:
     return None
 
 
+def described(base: nn.Module) -> str:
+    """A model by its class and by the type that its configuration names."""
+    kind = getattr(getattr(base, "config", None), "model_type", None)
+    return type(base).__name__ + (f" (model type {kind!r})" if isinstance(kind, str) and kind else "")
+
+
+def refusal(base: nn.Module, why: str) -> ValueError:
+    """The error for a model that a pre-training cannot take apart."""
+    return ValueError(f"model: {described(base)} {why}; {REFUSED} {_FAMILY}")
+
+
 def find_parts(model: nn.Module, modality: str = "auto") -> Parts:
     """The parts of a Hugging Face encoder, or of a model around one.
 
@@ -133,11 +154,13 @@ def find_parts(model: nn.Module, modality: str = "auto") -> Parts:
     embeddings = getattr(base, "embeddings", None)
     if not isinstance(embeddings, nn.Module) or config is None:
         missing = "configuration" if isinstance(embeddings, nn.Module) else "module 'embeddings'"
-        raise ValueError(f"model: a {name} without a {missing}, expected an encoder like BertModel or ViTModel")
+        raise refusal(base, f"is without a {missing}")
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model: the {name} is configured as a decoder, expected an encoder")
     takes = inspect.signature(embeddings.forward).parameters
     found = next((kind for kind, names in _INPUTS.items() if any(n in takes for n in names)), None)
+    if found is None and modality == "auto":
+        raise refusal(base, f"has embeddings that take {', '.join(takes)}, expected input_ids or pixel_values")
     if found is None or modality not in ("auto", found):
         came = f"take {', '.join(takes)}"
         raise ValueError(f"modality is {modality!r}, but the embeddings of {name} {came}; expected 'text' or 'image'")
@@ -149,14 +172,17 @@ def find_parts(model: nn.Module, modality: str = "auto") -> Parts:
             f"model: the embeddings of {name} are {config.embedding_size} wide and projected to {width}, expected "
             "embeddings of the layers' width"
         )
-    layers = find_stacks(base)["adapter"].layers
+    try:
+        layers = find_stacks(base)["adapter"].layers
+    except ValueError as error:
+        raise refusal(base, f"has no one stack of layers ({error})") from error
     takes = inspect.signature(layers[0].forward).parameters
     if given := [name for name in _POSITIONS if name in takes]:
-        raise ValueError(
-            f"model: the layers of {name} take {given[0]}, expected positions that are in the embeddings: a student "
-            "has a part of the tokens"
-        )
-    norm = getattr(base, "layernorm", None) if found == "image" else None
+        raise refusal(
+            base, f"has layers that take {given[0]}, expected positions that are in the embeddings: a student has a "
+            "part of the tokens"
+        )  # fmt: skip
+    norm = next((m for m in (_at(base, path) for path in _FINAL_NORMS[found]) if m is not None), None)
     prefix, patch = 0, None
     if found == "image":
         prefix = _class_tokens(embeddings)
@@ -165,6 +191,12 @@ def find_parts(model: nn.Module, modality: str = "auto") -> Parts:
             raise ValueError(f"model: the embeddings of {name} have no patch_size, expected a vision transformer")
         patch = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return Parts(found, base, embeddings, LayerStack(layers, norm), prefix, width, patch)
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = getattr(module, name, None)  # type: ignore[assignment]
+    return module if isinstance(module, nn.Module) else None
 
 
 def _class_tokens(embeddings: nn.Module) -> int:

@@ -23,8 +23,8 @@ class Meter:
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
-        # Steps, their losses, their gradients' norms (the same in all processes), then the moments of this one.
-        self.sums = torch.zeros(3 + 1 + 4 * width, dtype=torch.float64, device=device)
+        # Steps, those left out, losses, gradients' norms (the same in all processes), then the moments of this one.
+        self.sums = torch.zeros(4 + 1 + 4 * width, dtype=torch.float64, device=device)
         self.samples, self.since = 0, time.perf_counter()
 
     def reset(self) -> None:
@@ -33,11 +33,16 @@ class Meter:
         self.samples, self.since = 0, time.perf_counter()
 
     @torch.no_grad()
-    def add(self, loss: Tensor, norm: Tensor, moments: Tensor | None, samples: int) -> None:
-        """One step: its loss and the norm of its gradient, over all processes; its moments, of this one."""
-        self.sums[:3] += torch.stack([torch.ones_like(loss), loss, norm]).double()
+    def add(self, loss: Tensor, norm: Tensor, moments: Tensor | None, samples: int, scaled: bool = False) -> None:
+        """One step: its loss and the norm of its gradient, over all processes; its moments, of this one.
+
+        Where gradients are ``scaled`` for float16, a norm that is not finite is that of a step that was left out.
+        """
+        skipped = ~norm.isfinite() if scaled else torch.zeros_like(norm, dtype=torch.bool)
+        kept = torch.where(skipped, 0, norm)
+        self.sums[:4] += torch.stack([t.double() for t in (torch.ones_like(loss), skipped, loss, kept)])
         if moments is not None:
-            self.sums[3:] += moments
+            self.sums[4:] += moments
         self.samples += samples
 
     def read(self, world: int) -> dict[str, float]:
@@ -45,15 +50,17 @@ class Meter:
         sums = self.sums.clone()
         if world > 1:
             torch.distributed.all_reduce(sums)
-        steps = sums[0].clamp(min=1)
-        spread = torch.stack(ops.multimask_spread(sums[3:]))
-        loss, norm, targets, predictions = torch.cat([(sums[1:3] / steps), spread]).tolist()
+        spread = torch.stack(ops.multimask_spread(sums[4:]))
+        count, skipped, loss, norm, targets, predictions = torch.cat([sums[:4], spread]).tolist()
+        loss, norm = loss / max(count, 1.0), norm / max(count - skipped, 1.0)
+        if world > 1:
+            skipped /= world
         seconds = time.perf_counter() - self.since
         rate = self.samples / seconds if seconds > 0 else math.nan
         self.reset()
         return {
-            "loss": loss, "grad_norm": norm, "target_spread": targets, "prediction_spread": predictions,
-            "samples_per_second": rate,
+            "loss": loss, "grad_norm": norm, "skipped_steps": skipped, "target_spread": targets,
+            "prediction_spread": predictions, "samples_per_second": rate,
         }  # fmt: skip
 
 
@@ -93,7 +100,8 @@ _SHOWN = (
 
 def line(record: Mapping[str, float]) -> str:
     """A record in one line."""
-    return "  ".join(f"{name} {record[name]:{form}}" for name, form in _SHOWN if name in record)
+    skipped = f"  skipped {record['skipped_steps']:.0f}" if record.get("skipped_steps") else ""
+    return "  ".join(f"{name} {record[name]:{form}}" for name, form in _SHOWN if name in record) + skipped
 
 
 class Silent:

@@ -41,8 +41,8 @@ def _model_config(encoder: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in given.items() if k not in _ORIGIN and isinstance(v, kinds)}
 
 
-def save(trainer: Pretrainer, path: str | os.PathLike) -> None:
-    """:meth:`pyeff.recipes.multimask.Pretrainer.save`."""
+def save(trainer: Pretrainer, path: str | os.PathLike, wait: bool = True) -> None:
+    """:meth:`pyeff.recipes.multimask.Pretrainer.save`; without ``wait`` other processes may be anywhere."""
     if trainer._engine.rank == 0:
         moments, numbers = files.optimizer_tensors(trainer.optimizer, _names(trainer))
         scaler = None if trainer._scaler is None else trainer._scaler.state_dict()
@@ -54,7 +54,7 @@ def save(trainer: Pretrainer, path: str | os.PathLike) -> None:
             "scaler": scaler,
         }  # fmt: skip
         files.write(path, {**_tensors(trainer), **moments}, config)
-    if trainer._engine.world > 1:
+    if wait and trainer._engine.world > 1:
         torch.distributed.barrier()
 
 

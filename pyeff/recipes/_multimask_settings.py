@@ -35,6 +35,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_kernel": 9, "decoder_groups": 1,
     },
 }  # fmt: skip
+_INTEGERS = (
+    "masks", "length", "top_k_layers", "decoder_width", "decoder_layers", "decoder_kernel", "decoder_groups",
+    "ema_steps", "steps", "warmup", "batch_size", "accumulate", "seed", "max_length",
+)  # fmt: skip
 AMP = (None, "bf16", "fp16")
 TARGETS = ("auto", "ffn", "layer")
 MODALITIES = ("auto", "text", "image")
@@ -119,6 +123,8 @@ def resolve(preset: str | None, given: Mapping[str, Any], modality: str, layers:
         raise ValueError(f"preset is {preset!r}, expected one for {modality}: that is what the model reads")
     values = {**_COMMON, **base, "top_k_layers": min(base["top_k_layers"], layers)}
     values |= {name: value for name, value in given.items() if value is not None}
+    # Those of NumPy, too: files and seeds are made of what Python writes.
+    values |= {name: _plain(values[name]) for name in _INTEGERS}
     if given.get("decoder_groups") is None:
         values["decoder_groups"] = math.gcd(values["decoder_groups"], width, values["decoder_width"] or width)
     if given.get("ema_decay") is not None and given.get("ema_end") is None:
@@ -136,6 +142,14 @@ def resolve(preset: str | None, given: Mapping[str, Any], modality: str, layers:
     settings = Settings(**values)
     _check(settings, layers)
     return settings
+
+
+def _plain(value: Any) -> Any:
+    """What counts as an index as an int, all else as it is."""
+    try:
+        return value if value is None or isinstance(value, (bool, int)) else operator.index(value)
+    except TypeError:
+        return value
 
 
 def _check(s: Settings, layers: int) -> None:

@@ -76,9 +76,7 @@ class Engine:
     @contextlib.contextmanager
     def random(self, step: int):
         """Dropout that is a function of seed, step and process; the caller's generators stay as they are."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(key(self.settings.seed, "dropout", step, self.rank))
+        with seeded(key(self.settings.seed, "dropout", step, self.rank), self.device):
             yield
 
     def plan(self, batch: Batch) -> MaskPlan:
@@ -160,6 +158,21 @@ class Engine:
             if parts.moments is not None:
                 moments = parts.moments if moments is None else moments + parts.moments
         return sums, moments
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device):
+    """Within it, what is drawn on the CPU and on ``device`` is a function of the seed; then generators are as before.
+
+    Those of other GPUs are left alone: torch.manual_seed would seed them all.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for used in devices:
+            with torch.cuda.device(used):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def place() -> tuple[int, int]:

@@ -14,6 +14,7 @@ from pyeff.plans import Ticket
 from pyeff.recipes import _files
 from pyeff.recipes._ticket_activations import applied, fuse_activations, split_activations
 from pyeff.recipes._ticket_install import install
+from pyeff.recipes._ticket_masks import _MASK
 from pyeff.recipes._ticket_qkv import CHILD, fuse_qkv, split_qkv
 from pyeff.recipes._ticket_targets import replace
 
@@ -77,11 +78,12 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes a pruned model as safetensors: living blocks, their index, and all else that the model has.
 
     Args:
-        model (Module): with tickets; it stays as it is. Fused attentions are written as three layers.
+        model (Module): with tickets, or with none, as :func:`sparsify` leaves a model of which every layer is faster
+            dense: all of it is then written as it is. It stays as it is. Fused attentions are written as three layers.
         path (path): the file.
 
     Raises:
-        ValueError: the model has no ticket.
+        ValueError: the model has masks of elements and no ticket.
 
     Example:
         >>> import tempfile, torch
@@ -95,8 +97,9 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         True
     """
     state, layers, fused = _plain(model)
-    if not layers:
-        raise ValueError(f"save: the {type(model).__name__} has no ticket, expected a pruned model")
+    masked = [name.removesuffix(_MASK) for name in state if name.endswith(_MASK)]
+    if masked and not layers:
+        raise ValueError(f"save: {masked[0]} has a mask of elements, expected tickets of blocks: see blockify")
     config: dict[str, Any] = {"recipe": "ticket", "version": _VERSION, "fused": sorted(fused), "layers": {}}
     behind = {id(layer) for _, layer, *_ in applied(model)}
     config["activations"] = sorted(name for name, layer in layers.items() if id(layer) in behind)

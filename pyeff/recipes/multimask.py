@@ -12,6 +12,7 @@ Vision, Speech and Language", 2022, arXiv 2212.07525.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -33,9 +34,10 @@ from pyeff.recipes._multimask_adapters import (
 from pyeff.recipes._multimask_data import Batch, Collate, prepare
 from pyeff.recipes._multimask_models import find_parts, make_decoder
 from pyeff.recipes._multimask_optim import Rates, adamw, scale_and_clip
+from pyeff.recipes._multimask_parts import check_parts
 from pyeff.recipes._multimask_progress import CollapseWarning, Meter
 from pyeff.recipes._multimask_settings import Settings, key, resolve
-from pyeff.recipes._multimask_step import Engine, move
+from pyeff.recipes._multimask_step import Engine, move, seeded
 
 __all__ = [
     "CollapseWarning",
@@ -59,7 +61,9 @@ class Pretrainer:
 
     The masks, the noise, dropout and the order of samples are functions of ``seed``, the step and the sample: a
     pre-training that is saved and resumed gives the same bits as one that was not interrupted, and masks and noise do
-    not depend on how samples are spread over batches and processes. The loss is divided by the hidden tokens of the
+    not depend on how samples are spread over batches and processes. Of a dataset that draws at random itself, such as
+    one that augments images, that is true if a sample is a function of its index: what it draws comes from generators
+    that are in no file. The loss is divided by the hidden tokens of the
     whole step, so that neither ``accumulate`` nor the number of processes changes the update, but for rounding (with
     ``norm="batch"``, whose statistics are those of each process's batch, they do).
 
@@ -68,7 +72,8 @@ class Pretrainer:
 
     Args:
         model (Module): a Hugging Face encoder like BertModel, RobertaModel, DistilBertModel or ViTModel, or a model
-            around one; in float32 or float64. It is trained in place. Poolers and heads stay as they are.
+            around one; in float32 or float64. It is trained in place. Poolers and heads stay as they are. Others are
+            refused, by two short samples: embeddings and layers have to compute what the encoder does.
         preset (str, optional): ``"text"`` (BERT-like, base), ``"image"`` (ViT-B/16) or ``"audio"`` (sequences of
             features, which come as ``inputs_embeds``): the paper's settings. Default: that of the modality. Each
             argument that is None below is the preset's.
@@ -116,19 +121,19 @@ class Pretrainer:
 
     Raises:
         ValueError: an argument that is unknown or out of range, or a model that is not understood; the message says
-            which, what came and what was expected.
+            which, what came and what was expected; of a model its type, and which are supported.
 
     Example:
         >>> import torch
         >>> from transformers import BertConfig, BertModel
         >>> from pyeff.recipes import multimask
-        >>> config = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        >>> config = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         ...                     intermediate_size=64)
-        >>> trainer = multimask.Pretrainer(BertModel(config), masks=4, batch_size=8, steps=4, decoder_layers=2)
+        >>> trainer = multimask.Pretrainer(BertModel(config), masks=4, batch_size=4, steps=2, decoder_layers=1)
         >>> data = [torch.randint(3, 100, (n,)) for n in range(6, 16)]
         >>> history = trainer.fit(data, every=2, progress=False)
         >>> trainer.steps_done, sorted(history[-1])[:3]
-        (4, ['decay', 'grad_norm', 'loss'])
+        (2, ['decay', 'grad_norm', 'loss'])
         >>> trainer.encoder(input_ids=data[-1][None]).last_hidden_state.shape
         torch.Size([1, 15, 32])
     """
@@ -190,11 +195,12 @@ class Pretrainer:
                 raise ValueError(f"{name} is a {type(value).__name__}, expected a callable")
         device = torch.device(device) if device is not None else next(parts.base.parameters()).device
         if decoder is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(key(s.seed, "decoder"))
+            cpu = torch.device("cpu")
+            with seeded(key(s.seed, "decoder"), cpu), cpu:
                 decoder = make_decoder(parts, s)
         self.decoder = decoder
         self.dtype = move(parts, decoder, device)
+        check_parts(parts, s.target, device)
         model.train()
         self._engine = Engine(parts, decoder, s, device, compile)
         named = self._engine.named
@@ -204,7 +210,8 @@ class Pretrainer:
         self._scaler = torch.amp.GradScaler(device.type) if s.amp == "fp16" else None
         pad = getattr(parts.base.config, "pad_token_id", None)
         limit = s.max_length or (None if parts.patch else self._engine.usual)
-        self._collate = Collate(parts.modality, tokenizer, pad or 0, limit)
+        known = inspect.signature(parts.embeddings.forward).parameters
+        self._collate = Collate(parts.modality, tokenizer, pad or 0, limit, known)
         self._meter = Meter(parts.width, device)
         self.steps_done, self.samples_done = 0, 0
         self._last_rate = self._rates.base[0]
@@ -231,7 +238,9 @@ class Pretrainer:
             batch: for text, a mapping with ``input_ids`` [B, T] or ``inputs_embeds`` [B, T, D], and if there is padding
                 ``attention_mask`` [B, T] (padding on the right), or a list of texts; for images, ``pixel_values``
                 [B, C, H, W] in a mapping, or such a tensor. ``sample_ids`` [B] int64 may name the samples; by default
-                they are counted. Of several processes, each gets its own samples.
+                they are counted. Of several processes, each gets its own samples. ``token_type_ids`` and
+                ``position_ids`` [B, T] go to the embeddings; other entries that these know are refused, and what they
+                do not know, such as labels, is left out.
             statistics (bool): whether this step counts in the next :meth:`metrics`' spreads.
 
         Returns:
@@ -253,7 +262,7 @@ class Pretrainer:
             loss, norm, moments = self._compute(placed, statistics)
         self.steps_done += 1
         self.samples_done += placed.size * engine.world
-        self._meter.add(loss, norm, moments, placed.size * engine.world)
+        self._meter.add(loss, norm, moments, placed.size * engine.world, scaled=self._scaler is not None)
         return loss
 
     def _compute(self, placed: Batch, statistics: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -279,9 +288,11 @@ class Pretrainer:
         """The means since this was last asked for; waits for the device, and every process has to ask.
 
         Returns:
-            dict: ``step``, ``loss``, ``grad_norm`` (before clipping), ``target_spread`` and ``prediction_spread``
-            (mean over channels of the deviation over hidden tokens: near zero, the training has collapsed), ``lr``,
-            ``decay``, ``samples_per_second``.
+            dict: ``step``, ``loss``, ``grad_norm`` (before clipping), ``skipped_steps`` (how many the scaler of
+            ``amp="fp16"`` left out, since their gradients were not finite: those are not in ``grad_norm``, which is 0
+            if all were; 0 without a scaler), ``target_spread`` and ``prediction_spread`` (mean over channels of the
+            deviation over hidden tokens: near zero, the training has collapsed), ``lr``, ``decay``,
+            ``samples_per_second``.
         """
         found = {"step": float(self.steps_done), **self._meter.read(self._engine.world)}
         return found | {"lr": self._last_rate, "decay": self.settings.decay(self.steps_done)}
@@ -307,7 +318,8 @@ class Pretrainer:
                 :meth:`step` takes for one sample, or pairs that begin with one of these. It is read in an order that
                 ``seed`` and the epoch decide, from where the training is. Or an iterable of batches for :meth:`step`,
                 such as a DataLoader, taken from its beginning.
-            steps (int, optional): how many; fewer if batches run out. Default: up to ``settings.steps``.
+            steps (int, optional): how many; fewer if batches run out. Default: up to ``settings.steps``; where these
+                are done, nothing is trained, with a warning that says how to go on.
             every (int): steps from one record to the next; only then is the device waited for.
             progress (str or bool): ``"auto"`` (a bar in a terminal if rich is installed, else lines), ``"bar"``,
                 ``"lines"``, or False. The first process alone shows any.
@@ -317,13 +329,15 @@ class Pretrainer:
             stop (bool): end the training then.
             workers (int): processes that load samples of a dataset.
             path (path, optional), save_every (int, optional): where to :meth:`save`, and how often; with a path, also
-                at the end.
+                at the end, and when the training is interrupted.
 
         Returns:
             list of dict: the records, see :meth:`metrics`.
 
         Raises:
-            ValueError: an argument out of range, or data that are not understood.
+            ValueError: an argument out of range, or data that are not understood, or empty.
+            KeyboardInterrupt: after Ctrl-C, at the end of the step (at once after a second one); the message says what
+                is saved. With a ``path`` that is the last whole step.
         """
         return _multimask_fit.fit(
             self, data, steps, every=every, progress=progress, callbacks=list(callbacks), floor=floor, stop=stop,

@@ -19,7 +19,7 @@ def block_mask(
     shape: Sequence[int],
     *,
     keep: float,
-    adjust: float,
+    adjust: float = 0.0,
     length: int,
     inverse: bool = True,
     seed: int | Tensor = 0,
@@ -40,7 +40,7 @@ def block_mask(
     lengths = checked_lengths("block_mask", lengths, B, tokens, device)
     width = len(shape) - 1 and shape[1]
     kept = draw(
-        as_seed(seed, device), sample_ids, lengths, M, tokens, width, keep,
+        as_seed("block_mask", seed, device), sample_ids, lengths, M, tokens, width, keep,
         share(keep, adjust, length, inverse, len(shape)), length, inverse,
     )  # fmt: skip
     return MaskPlan(*_positions(kept, max(int(tokens * keep), 1)), lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +24,30 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+def as_seed(op: str, seed: int | Tensor, device: torch.device) -> Tensor:
     """A seed as an int64 number on a device; those that are there already may change between replays of a graph."""
-    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((), integer_seed(op, seed), dtype=torch.int64, device=device)
+
+
+def integer_seed(op: str, seed: object) -> int:
+    """A seed that is no tensor as an int: whatever counts as an index, such as NumPy's integers; a bool does not.
+
+    Raises:
+        ValueError: it is no integer, or one of more than 64 bits.
+    """
+    if isinstance(seed, torch.SymInt):  # must not be asked for its value
+        return seed  # type: ignore[return-value]
+    try:
+        if isinstance(seed, bool):
+            raise TypeError
+        number = operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{op}: seed is a {type(seed).__name__}, expected an integer or an int64 tensor") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{op}: seed is {number}, expected an integer of 64 bits")
+    return number
 
 
 def multimask_gather(x: Tensor, plan: MaskPlan) -> Tensor:
@@ -69,7 +91,9 @@ def multimask_scatter(
     if fill is not None:
         fill = fill.expand(plan.tokens, x.shape[-1]) if fill.dim() == 1 else fill
         fill = fill[None] if fill.dim() == 2 else fill
-    return scatter(x, plan.inverse, plan.lengths, fill, as_seed(seed, x.device), sample_ids, noise_std)
+    return scatter(
+        x, plan.inverse, plan.lengths, fill, as_seed("multimask_scatter", seed, x.device), sample_ids, noise_std
+    )
 
 
 def scatter(
