@@ -14,12 +14,13 @@ the words for the results.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -55,8 +56,8 @@ def saved_and_peak(call: Callable[[], object], known: Iterable[Tensor], device: 
         with torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, kept), lambda saved: saved.tensor):
             call()
 
-    peak, method = _peak(hooked, device)
-    return kept.most, peak, method
+    most, method = peak(hooked, device)
+    return kept.most, most, method
 
 
 class _Kept:
@@ -94,7 +95,8 @@ class _Saved:
             self.kept.remove(self.tensor.untyped_storage())
 
 
-def _peak(call: Callable[[], None], device: str) -> tuple[int, str]:
+def peak(call: Callable[[], object], device: str) -> tuple[int, str]:
+    """Runs ``call`` once: the bytes at its peak beyond those before it, and the method (a key of ``METHODS``)."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -111,7 +113,7 @@ def _peak(call: Callable[[], None], device: str) -> tuple[int, str]:
     return _peak_of_allocations(call), "allocator"
 
 
-def _peak_on_thread(call: Callable[[], None]) -> int:
+def _peak_on_thread(call: Callable[[], object]) -> int:
     grad, peak, failed = torch.is_grad_enabled(), 0, None
 
     def body() -> None:
@@ -135,14 +137,38 @@ def _peak_on_thread(call: Callable[[], None]) -> int:
 
 # Where glibc's own threshold between heap and separate pages ends up once a process frees large blocks.
 _SETTLED_BYTES = 32 << 20
+# mallopt's numbers for its parameters, and how many blocks may have separate pages if nobody says otherwise.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _MMAP_MAX_DEFAULT = -1, -3, -4, 65536
 
 
 def _allocate_from(separate_bytes: int) -> None:
     """Sets the size from which glibc takes separate pages, and twice that as what the heap may keep (mallopt)."""
-    mmap_threshold, trim_threshold = -3, -1
     libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, separate_bytes)
-    libc.mallopt(trim_threshold, 2 * separate_bytes)
+    libc.mallopt(_MMAP_THRESHOLD, separate_bytes)
+    libc.mallopt(_TRIM_THRESHOLD, 2 * separate_bytes)
+
+
+@contextlib.contextmanager
+def freed_pages_kept() -> Iterator[None]:
+    """Within it glibc gives nothing back to the system, so that no call waits for pages that it had before.
+
+    glibc gives blocks of more than 32 MiB back at once, whatever it is told of thresholds, and the system clears their
+    pages anew: in the time of a call with a large output that is most, and it is not the call's own. Elsewhere than
+    with glibc nothing is changed.
+    """
+    try:
+        mallopt, trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library
+        yield
+        return
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_MAX, _MMAP_MAX_DEFAULT)
+        _allocate_from(_SETTLED_BYTES)
+        trim(0)
 
 
 def _reset_high_water() -> bool:

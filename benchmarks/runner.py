@@ -321,7 +321,7 @@ def _take_turns(case: Case, racers: list[_Racer], settings: Settings, progress: 
         return seconds / racer.count
 
     racing = list(racers)
-    with _no_garbage_collection():
+    with _no_garbage_collection(), memory.freed_pages_kept():
         for racer in racing:
             progress.step(case, racer.measured.name, "warm-up")
             once = min(turn(racer), turn(racer))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +64,26 @@ def test_peak_bytes(method, monkeypatch):
     # Two of the three live at any time; the resident set is counted in batches.
     assert 2 * size - 2_000_000 < peak < 2 * size + 4_000_000
     assert method == "default" or name == "allocator"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_pages_are_kept_while_it_is_timed_and_given_back_after():
+    size = 256 << 20
+
+    def resident():
+        gc.collect()
+        return memory._status("VmRSS")
+
+    def use():
+        torch.ones(size, dtype=torch.uint8)
+
+    before = resident()
+    with memory.freed_pages_kept():
+        use()
+        assert resident() - before > size // 2
+    assert resident() - before < size // 2
+    use()
+    assert resident() - before < size // 2
 
 
 def test_an_error_in_the_measured_call_arrives():

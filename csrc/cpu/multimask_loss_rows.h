@@ -76,7 +76,7 @@ struct LossRows {
   static constexpr bool kCosine = K == MaskLossKind::cosine;
   static constexpr int kLanes = PYEFF_ISA::kLanes<C>;
   // What fills a cache line, so that rows that are stored side by side leave no line half written.
-  static constexpr int kStep = 64 / int(sizeof(T)), kVectors = kStep / kLanes;
+  static constexpr int kStep = 64 / int(sizeof(T));
   static constexpr int kRows = 4;
 
   int64_t width;
@@ -95,12 +95,15 @@ struct LossRows {
 
   template <int G>
   void run(Group& g, double repeats) const {
-    const bool gradient = g.dx[0];
-    if (dy || (gradient && kCosine)) return work<G, LossWork::any>(g, repeats);
-    if (moments.y)
-      gradient ? work<G, LossWork::gradient_moments>(g, repeats) : work<G, LossWork::value_moments>(g, repeats);
-    else
-      gradient ? work<G, LossWork::gradient>(g, repeats) : work<G, LossWork::value>(g, repeats);
+    // What pre-training asks for has loops of its own; as many for every loss would take minutes to compile.
+    if constexpr (K == MaskLossKind::l2 && sizeof(C) == sizeof(float)) {
+      const bool gradient = g.dx[0];
+      if (!dy && moments.y)
+        return gradient ? work<G, LossWork::gradient_moments>(g, repeats)
+                        : work<G, LossWork::value_moments>(g, repeats);
+      if (!dy) return gradient ? work<G, LossWork::gradient>(g, repeats) : work<G, LossWork::value>(g, repeats);
+    }
+    work<G, LossWork::any>(g, repeats);
   }
 
   template <int G, LossWork W>
@@ -121,7 +124,6 @@ struct LossRows {
     static constexpr bool kAny = W == LossWork::any;
     static constexpr int kParts = Doubles<C>::kParts, kHalf = kLanes / kParts;
     static constexpr auto kGroup = std::make_integer_sequence<int, G>{};
-    static constexpr auto kLine = std::make_integer_sequence<int, kVectors>{};
     static constexpr auto kHalves = std::make_integer_sequence<int, kParts>{};
 
     const int64_t width;
@@ -153,19 +155,17 @@ struct LossRows {
 
     template <bool kWhole>
     PYEFF_INLINE void chunk(int64_t i) {
-      each_of(kLine, [&](auto v) __attribute__((always_inline)) {
-        const int64_t at = i + v * kLanes, left = kWhole ? kLanes : width - at;
-        if (kWhole || left > 0) vector<kWhole, v == 0>(at, left);
-      });
+      if (kWhole) each_of(kGroup, [&](auto r) __attribute__((always_inline)) { __builtin_prefetch(ahead[r] + i); });
+      for (int64_t at = i; at < (kWhole ? i + kStep : width); at += kLanes)
+        vector<kWhole>(at, kWhole ? kLanes : width - at);
     }
 
-    template <bool kWhole, bool kAsk>
+    template <bool kWhole>
     PYEFF_INLINE void vector(int64_t at, int64_t left) {
       const V target = load_first(y + at, left);
       V slopes{};
       DoubleV sum[kParts] = {}, squares[kParts] = {};
       each_of(kGroup, [&](auto r) __attribute__((always_inline)) {
-        if (kWhole && kAsk) __builtin_prefetch(ahead[r] + at);
         const V from = load_first(x[r] + at, left);
         if constexpr (kCosine) {
           loss[r] += from * target;

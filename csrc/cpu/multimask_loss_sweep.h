@@ -135,7 +135,7 @@ class LossSweep {
     if (Rows::kCosine && count) target_square = rows.square_of_target();
     double total = 0;
     for (int64_t i = 0; i < count;) {
-      const int group = count - i >= 4 ? 4 : count - i >= 2 ? 2 : 1;
+      const int group = count - i >= Rows::kRows ? Rows::kRows : 1;
       Group g;
       for (int j = 0; j < group; ++j) {
         const int64_t at = (hidden[i + j] * p_.tokens + t);
@@ -147,9 +147,7 @@ class LossSweep {
         if (out_.upstream) g.factor[j] *= out_.upstream[out_.each ? at : 0];
       }
       const double repeats = i == 0 ? double(count) : 0;
-      if (group == 4) rows.template run<4>(g, repeats);
-      if (group == 2) rows.template run<2>(g, repeats);
-      if (group == 1) rows.template run<1>(g, repeats);
+      group == 1 ? rows.template run<1>(g, repeats) : rows.template run<Rows::kRows>(g, repeats);
       for (int j = 0; j < group; ++j) {
         if constexpr (Rows::kCosine) finish_cosine(rows, g, j, target_square);
         total += double(g.loss[j]);

@@ -7,7 +7,7 @@ row on the host, and takes its statistics of predictions and targets at hidden p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,20 @@ from ... import multimask_paper as paper
 
 
 @contextlib.contextmanager
-def in_place_of_ops() -> Iterator[None]:
-    """While it is open, what modules and recipes call in ``pyeff.ops`` is the functions of this file."""
+def in_place_of_ops(wrap: Callable[[Callable], Callable] | None = None) -> Iterator[None]:
+    """While it is open, what modules and recipes call in ``pyeff.ops`` is the functions of this file.
+
+    Args:
+        wrap (callable, optional): is given each of them, but masks, which are made on the host row by row; what it
+            returns is called instead.
+    """
     ours = {
         "multimask_gather": gather, "multimask_scatter": scatter, "multimask_targets": targets,
         "multimask_accumulate_": accumulate_, "multimask_loss": loss, "block_mask": block_mask,
         "ema_update_": ema_update_,
     }  # fmt: skip
+    if wrap is not None:
+        ours |= {name: wrap(function) for name, function in ours.items() if name != "block_mask"}
     before = {name: getattr(ops, name) for name in ours}
     try:
         for name, function in ours.items():
