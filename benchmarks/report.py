@@ -78,9 +78,16 @@ def _three(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
-def tables(rows: list[Row]) -> list[Table]:
-    """One table for each operation, dtype, mode and section: ours, its floor, the best of the others, and memory."""
-    return [_summary(group) for group in _groups(rows)]
+# Which of the others have a column of their own where there is room for it.
+_NAMED = ("eager", "compiled")
+
+
+def tables(rows: list[Row], wide: bool = False) -> list[Table]:
+    """One table for each operation, dtype, mode and section: ours, its floor, the best of the others, and memory.
+
+    With ``wide`` also how many times as long the definition takes, eagerly and compiled.
+    """
+    return [_summary(group, wide) for group in _groups(rows)]
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
@@ -97,16 +104,21 @@ def _title(rows: list[Row]) -> str:
     return "  ".join([first.op, *named, first.dtype, first.mode, *([" ".join(same)] if same else [])])
 
 
-def _summary(rows: list[Row]) -> Table:
+def _summary(rows: list[Row], wide: bool) -> Table:
     if rows[0].device == "cuda":
         return _gpu_summary(rows)
     training = rows[0].mode == TRAINING
-    header = ["case", "fused", "±", "xfloor", "peak", "best other", "gain", "memory", *(["saved"] if training else [])]
+    named = [name for name in _NAMED if wide and any(c.name == name for row in rows for c in row.timed())]
+    header = ["case", "fused", "±", "xfloor", "peak", "best other", "gain", *named, "memory"]
+    header += ["saved"] if training else []
     cells = []
     for row in rows:
         ours, other, reference, gain = row.fused(), row.best_other(), row.reference(), row.gain()
         line = [row.short_label, *(_own(row, ours) if ours else [_fused_status(row), "-", "-", "-"])]
         line += [f"{seconds(other.median)} {other.name}" if other else "-", _three(gain) + "x" if gain else "-"]
+        for name in named:
+            ratio = next((c.median / ours.median for c in row.timed() if ours and c.name == name), None)
+            line.append(_three(ratio) + "x" if ratio else "-")
         line.append(_pair("peak_bytes", ours, reference))
         if training:
             line.append(_pair("saved_bytes", ours, reference))
@@ -245,7 +257,7 @@ def markdown(run: Run, match: str = "") -> str:
     if not chosen:
         return ""
     part = Run(**{**vars(run), "rows": chosen})
-    blocks = [heading(part).replace("\n", "  \n"), *(t.markdown() for t in tables(chosen))]
+    blocks = [heading(part).replace("\n", "  \n"), *(t.markdown() for t in tables(chosen, wide=True))]
     return "\n\n".join([*blocks, "\n".join(f"- {line}" for line in notes(part).splitlines())])
 
 

@@ -13,13 +13,14 @@ import torch
 
 import pyeff
 from benchmarks.experiments.multimask_reuse import __main__ as program
-from benchmarks.experiments.multimask_reuse import data, eager, report, store, train
+from benchmarks.experiments.multimask_reuse import data, eager, report, steps, store, train
 from benchmarks.experiments.multimask_reuse.settings import DEFAULT, MASKS, quick
 from pyeff import ops
 from pyeff.demo.data import Corpus, Example
 
 ROOT = Path(pyeff.__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "multimask_reuse.json"
+STEPS = RESULT.with_name("multimask_steps.json")
 BATCH, COUNT, GRID, WIDTH = 2, 3, (4, 5), 8
 
 
@@ -256,3 +257,32 @@ def test_tables_are_those_of_the_committed_result(tmp_path):
     for kind in report.kinds(found):
         done = {(r["masks"], r["path"]) for r in found["trainings"] if r["kind"] == kind}
         assert done == {(m, p) for m in MASKS for p in train.PATHS}
+
+
+def test_steps_by_all_paths_on_tiny_encoders(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "SHAPES", {"image": (2, 16), "audio": (2, 20), "text": (2, 12)})
+    monkeypatch.setattr(
+        steps, "ENCODER",
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    )  # fmt: skip
+    monkeypatch.setattr(steps, "compiled", lambda function, device, fullgraph: function)
+    page, out = tmp_path / "page.md", tmp_path / "steps.json"
+    page.write_text("before\n<!-- multimask-steps -->\nold\n<!-- /multimask-steps -->\nafter\n")
+    steps.main(["--turns", "2", "--out", str(out), "--into", str(page)])
+    found, text = json.loads(out.read_text()), page.read_text()
+    assert [row["kind"] for row in found["rows"]] == ["image", "audio", "text"]
+    for row in found["rows"]:
+        assert {path: len(times) for path, times in row["seconds"].items()} == dict.fromkeys(steps.PATHS, 2)
+        assert row["peak_bytes"].keys() == set(steps.PATHS)
+    assert "| image: B=2, T=16, M=16 |" in text
+    assert "old" not in text
+    page.write_text("before\n<!-- multimask-steps --><!-- /multimask-steps -->\nafter\n")
+    steps.main(["--only-report", "--out", str(out), "--into", str(page)])
+    assert page.read_text() == text
+
+
+def test_the_table_of_steps_is_of_the_committed_result(tmp_path):
+    page = tmp_path / "multimask.md"
+    page.write_text((ROOT / "docs" / "multimask.md").read_text())
+    assert steps.write_into(json.loads(STEPS.read_text()), page) == 1
+    assert page.read_text() == (ROOT / "docs" / "multimask.md").read_text()
