@@ -91,7 +91,8 @@ class _Saved:
             kept.add(tensor.untyped_storage())
 
     def __del__(self) -> None:
-        if self.tensor.layout == torch.strided:
+        # A compiler that tries the hooks on tensors without memory is refused in the middle of __init__.
+        if "tensor" in vars(self) and self.tensor.layout == torch.strided:
             self.kept.remove(self.tensor.untyped_storage())
 
 
@@ -150,7 +151,7 @@ def _allocate_from(separate_bytes: int) -> None:
 
 @contextlib.contextmanager
 def freed_pages_kept() -> Iterator[None]:
-    """Within it glibc gives nothing back to the system, so that no call waits for pages that it had before.
+    """Within it glibc's main heap gives nothing back to the system: no call waits for pages that it had before.
 
     glibc gives blocks of more than 32 MiB back at once, whatever it is told of thresholds, and the system clears their
     pages anew: in the time of a call with a large output that is most, and it is not the call's own. Elsewhere than
@@ -162,7 +163,7 @@ def freed_pages_kept() -> Iterator[None]:
         yield
         return
     mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    mallopt(_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:

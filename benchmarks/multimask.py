@@ -260,12 +260,19 @@ def case(
         bytes=least,
         reduction=terms.get(op, s.tokens),
         make=sets,
-        set_bytes=max(1, round(least / (2 if training else 1)) - 8 * parameters),
+        set_bytes=_set_bytes(op, s, dtype.itemsize, least / (2 if training else 1), parameters),
         tensors=Inputs.known,
         oracle=oracle,
         contenders=rivals.contenders(op, s, dtype, device, training, everybody),
         comparable=comparable,
     )
+
+
+def _set_bytes(op: str, s: Setting, itemsize: int, least: float, parameters: int) -> int:
+    """What a set has of its own, and a call reads: not parameters and averages, which all sets share."""
+    if op == STEP:
+        return (s.batch * s.tokens * (1 + s.layers) + 2 * s.rows * s.tokens) * s.width * itemsize
+    return max(1, round(least) - 8 * parameters)
 
 
 Point = tuple[str, str, torch.dtype, str, bool]  # op, setting, dtype, mode, moments

@@ -216,7 +216,7 @@ def notes(run: Run) -> str:
     for (name, reason), count in _without_graph(run).items():
         lines.append(f"no graph: {name} in {count} of {len(run.rows)} cases: {reason}")
     if left_out := run.settings.get("left_out"):
-        lines.append(f"left out, for want of time: {', '.join(left_out)}")
+        lines.append(f"not reached: {', '.join(left_out)}")
     if any(row.device == "cuda" for row in run.rows):
         lines.append(_GPU_EXPLANATION)
     lines += [_EXPLANATION, f"memory is measured as {run.memory_method or 'nothing: no contender ran'}"]

@@ -205,3 +205,11 @@ def test_a_gpu_case_has_each_backend():
 def test_settings_may_be_changed():
     wide = dataclasses.replace(SMALL["image"], width=24)
     assert multimask.case("multimask_gather", "image", torch.float32, "cpu", FORWARD, setting=wide).shape["D"] == 24
+
+
+@pytest.mark.parametrize("size", ["quick", "default", "full"])
+def test_sets_are_no_more_than_fill_the_cache(size, monkeypatch):
+    """Masks alone are small; of the others few sets are enough, and many would not fit into memory."""
+    monkeypatch.setattr(runner.machine, "last_cache_bytes", lambda: 32 << 20)
+    for case in registry.cases("multimask", Selection(size, "cpu")):
+        assert case.op == "block_mask" or runner._set_count(case) <= 8, (case.op, case.label)

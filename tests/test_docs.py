@@ -15,7 +15,7 @@ from benchmarks import predictions, report, results
 
 ROOT = Path(pyeff.__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-RESULTS = ("benchmarks/results/cpu.json", "benchmarks/results/cpu_ticket.json")
+RESULTS = tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks" / "results").glob("cpu*.json")))
 # Made by pyeff bench and pyeff demo from what is measured on one machine.
 GENERATED = (*RESULTS, "docs/figures/read.png", "docs/figures/demo.png", "docs/figures/ticket_density.png")
 FOLDERS = ("pyeff", "csrc", "tests", "benchmarks", "docs", "kernels", "cmake", "scripts", "requirements")

@@ -302,3 +302,17 @@ def test_functional_call(native):
     for p, value in zip(step.parameters(), others.values(), strict=True):
         p.data.copy_(value.data)
     torch.testing.assert_close(loss, step(*inputs)[0])
+
+
+def test_integer_seeds_share_a_graph():
+    """A loop over steps gives another seed each time."""
+    plan, counter = make_plan(2, 3, 9), CompileCounterWithBackend("eager")
+    x = torch.randn(plan.rows, plan.width, 4)
+
+    def noisy(seed):
+        return pyeff.ops.multimask_scatter(x, plan, noise_std=0.5, seed=seed)
+
+    function = torch.compile(noisy, backend=counter, fullgraph=True)
+    for seed in (3, 4, 5, 6):
+        assert torch.equal(function(seed), noisy(seed))
+    assert counter.frame_count <= 2  # with the first seed as a constant, and with any

@@ -265,7 +265,6 @@ def test_steps_by_all_paths_on_tiny_encoders(tmp_path, monkeypatch, capsys):
         steps, "ENCODER",
         {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
     )  # fmt: skip
-    monkeypatch.setattr(steps, "compiled", lambda function, device, fullgraph: function)
     page, out = tmp_path / "page.md", tmp_path / "steps.json"
     page.write_text("before\n<!-- multimask-steps -->\nold\n<!-- /multimask-steps -->\nafter\n")
     steps.main(["--turns", "2", "--out", str(out), "--into", str(page)])

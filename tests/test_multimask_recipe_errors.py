@@ -35,6 +35,9 @@ from tests.multimask_models import WIDTH, assert_same, bert, everything, images,
         ({"betas": (0.9,)}, "betas is"),
         ({"seed": True}, "seed is True, expected an integer, 64 bits"),
         ({"seed": 1.0}, "seed is 1.0, expected an integer, 64 bits"),
+        ({"max_length": -1}, "max_length is -1, expected an integer, at least 1, or None"),
+        ({"max_length": "8"}, "max_length is '8', expected an integer"),
+        ({"max_length": 41}, "max_length is 41, expected at most 40: the model has so many positions"),
         ({"decoder_groups": 5}, "multiple of the 5 groups"),
         ({"optimizer": "adam"}, "optimizer is a str, expected a callable"),
         ({"warmup": 11}, "warmup is 11, expected an integer, 0 to steps, 10"),
@@ -160,3 +163,10 @@ def test_entries_that_embeddings_know_and_a_pretraining_does_not():
     masks = {"pixel_values": images(2), "bool_masked_pos": torch.ones(2, 36, dtype=torch.bool)}
     with pytest.raises(ValueError, match=r"batch has 'bool_masked_pos', .* expected 'pixel_values', 'sample_ids'"):
         trainer(vit()).step(masks)
+
+
+def test_positions_of_its_own_are_not_for_position_ids():
+    batch = {"input_ids": torch.randint(3, 60, (4, 9)), "position_ids": torch.arange(9).expand(4, 9) + 5}
+    trainer(bert()).step(batch)
+    with pytest.raises(ValueError, match="the batch has position_ids, expected none with positions=True"):
+        trainer(bert(), positions=True).step(batch)

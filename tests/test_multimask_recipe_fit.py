@@ -149,6 +149,30 @@ def test_an_interrupt_between_two_steps(tmp_path):
     assert_same(everything(of), everything(straight))
 
 
+def test_an_interrupt_before_the_first_step_leaves_the_file(tmp_path):
+    trained = trainer(bert())
+    trained.fit(texts(), 2, progress=False, path=tmp_path / "a")
+    kept = (tmp_path / "a").read_bytes()
+    with pytest.raises(KeyboardInterrupt, match="before the first step of this fit: nothing was saved"):
+        trainer(bert()).fit(Stopping(texts(), 0), 4, progress=False, path=tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == kept
+
+
+def test_an_interrupt_of_the_last_save_saves(tmp_path, monkeypatch):
+    of, save, times = trainer(bert()), trainer(bert()).save.__func__, []
+
+    def interrupted(path):
+        times.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(of, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="after step 2, saved in"):
+        of.fit(texts(), 2, progress=False, path=tmp_path / "a")
+    assert len(times) == 1
+    save(of, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals are the main thread's")
 def test_an_interrupt_within_a_step_waits_for_its_end(tmp_path):
     """Unless it comes twice."""
@@ -169,7 +193,7 @@ def test_an_interrupt_within_a_step_waits_for_its_end(tmp_path):
     assert multimask.Pretrainer.load(tmp_path / "a", bert()).steps_done == 2
     of, times = trainer(bert()), 2
     of.decoder.register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt, match=r"in the middle of step 2: .*; nothing was saved"):
+    with pytest.raises(KeyboardInterrupt, match=r"in the middle of step 2: .*; this fit had saved nothing yet"):
         of.fit(texts(), 4, progress=False, path=tmp_path / "b")
     assert not (tmp_path / "b").exists()
     of = trainer(bert())

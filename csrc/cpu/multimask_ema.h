@@ -7,8 +7,8 @@
 namespace pyeff {
 namespace PYEFF_ISA {
 
-// What is in the cache at once.
-constexpr int64_t kEmaBlock = 1024;
+// What is in the cache at once, and the least that is worth a thread.
+constexpr int64_t kEmaBlock = 1024, kEmaPiece = 16 * kEmaBlock;
 
 template <class Function>
 PYEFF_INLINE void with_number(Number number, const Function& run) {
@@ -74,7 +74,10 @@ inline void ema_update(const EmaTensor* tensors, int64_t count, double decay, in
                        const Parallel& parallel) {
   const int64_t total = count ? tensors[count - 1].first + tensors[count - 1].count : 0;
   const bool streamed = total * 2 >= streamed_from;
-  for_each_piece(parallel, total, 12, [&](int64_t begin, int64_t end) {
+  // Few long pieces: what is read ahead of the end of one is another thread's.
+  const int64_t pieces = at_least(1, at_most(8 * parallel.threads, total / kEmaPiece));
+  for_each_task(parallel, pieces, [&](int64_t piece) {
+    const int64_t begin = total * piece / pieces, end = total * (piece + 1) / pieces;
     int64_t low = 0, high = count;  // the last tensor that begins where the piece does, or before
     while (high - low > 1) (tensors[(low + high) / 2].first <= begin ? low : high) = (low + high) / 2;
     for (int64_t i = low; i < count && tensors[i].first < end; ++i) {

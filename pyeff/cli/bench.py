@@ -118,6 +118,7 @@ def _shown(run: Any, op: str | None, match: str) -> Any:
     registry = module("registry")
     ops = registry.operations(op)
     run.rows = [r for r in run.rows if r.op in ops and registry.matches(match, r.op, r.label, r.dtype, r.mode)]
+    run.settings["left_out"] = [name for name in run.settings.get("left_out", []) if name.split()[0] in ops]
     if not run.rows:
         raise ValueError("the stored result has no such case")
     return run

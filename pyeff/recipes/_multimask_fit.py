@@ -63,7 +63,7 @@ def fit(
             going = callback(trainer, history[-1]) is not False and going
         return going
 
-    interrupts, saved = Interrupts(), 0
+    interrupts, saved, begun = Interrupts(), 0, trainer.steps_done
     try:
         with interrupts:
             for done in range(1, steps + 1):
@@ -86,27 +86,32 @@ def fit(
                     saved = trainer.steps_done
                 if not going:
                     break
+        if path is not None:
+            trainer.save(path)
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(_stopped(trainer, path, saved, interrupts.inside)) from interrupt
+        made = trainer.steps_done > begun
+        raise KeyboardInterrupt(_stopped(trainer, path, saved, made, interrupts.inside)) from interrupt
     finally:
         bar.close()
-    if path is not None:
-        trainer.save(path)
     return history
 
 
-def _stopped(trainer: Pretrainer, path: str | os.PathLike | None, saved: int, inside: bool) -> str:
-    """What of a training that was interrupted is saved, after saving it where it can be."""
+def _stopped(trainer: Pretrainer, path: str | os.PathLike | None, saved: int, made: bool, inside: bool) -> str:
+    """What of a training that was interrupted is saved, after saving it where it can be and there is anything new."""
     step, where = trainer.steps_done, None if path is None else os.fspath(path)
     if inside:
-        done = f"{where} has step {saved}" if saved else "nothing was saved"
+        done = f"{where} has step {saved}" if saved else "this fit had saved nothing yet"
         return f"interrupted in the middle of step {step + 1}: what is in memory is not to be saved; {done}"
+    if not made:
+        return "interrupted before the first step of this fit: nothing was saved"
     if path is None:
         return (
             f"interrupted after step {step}: nothing was saved; trainer.save(path) still can, and fit(..., path=) does "
             "so by itself"
         )
     _multimask_resume.save(trainer, path, wait=False)
+    if trainer._engine.rank:
+        return f"interrupted after step {step}, which the first process saves in {where}"
     return f"interrupted after step {step}, saved in {where}: Pretrainer.load goes on from there"
 
 

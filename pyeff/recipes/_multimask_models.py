@@ -110,6 +110,10 @@ class Students(nn.Module):
         self, inputs: Mapping[str, Tensor], plan: MaskPlan, seed: Tensor, sample_ids: Tensor, ragged: bool
     ) -> tuple[Tensor, Tensor]:
         """Predictions [B*M, T, D] and the encoded prefix [B*M, prefix, D]."""
+        if self._positions and inputs.get("position_ids") is not None:
+            raise ValueError(
+                "the batch has position_ids, expected none with positions=True, which counts hidden places from 0"
+            )
         x = embed(self.embeddings, inputs)
         fill = self._positions[0].positions()[: plan.tokens] if self._positions else None  # type: ignore[index]
         return self.student(x, plan, seed=seed, sample_ids=sample_ids, positions=fill, ragged=ragged, with_prefix=True)

@@ -61,6 +61,8 @@ def _check(parts: Parts, target: str, device: torch.device) -> None:
         targets = [list(t.shape) for t in (o if isinstance(o, Tensor) else o[0] for o in outputs)]
         backwards = torch.arange(tokens - 1, -1, -1, device=device)
         first, turned = parts.stack(states[:1]), parts.stack(states[:1, backwards])[:, backwards]
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # says nothing about the model
+        raise
     except Exception as error:
         if REFUSED in str(error):
             raise

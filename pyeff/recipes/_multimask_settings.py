@@ -161,8 +161,10 @@ def _check(s: Settings, layers: int) -> None:
         ("ema_steps", 1, 2**62, "at least 1"),
         ("steps", 1, 2**62, "at least 1"), ("warmup", 0, s.steps, f"0 to steps, {s.steps}"),
         ("batch_size", 1, 2**30, "at least 1"), ("accumulate", 1, s.batch_size, f"1 to batch_size, {s.batch_size}"),
-        ("seed", -(2**63), 2**63 - 1, "64 bits"),
+        ("seed", -(2**63), 2**63 - 1, "64 bits"), ("max_length", 1, 2**30, "at least 1, or None"),
     ):  # fmt: skip
+        if name == "max_length" and s.max_length is None:
+            continue
         value = getattr(s, name)
         if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= operator.index(value) <= high:
             raise ValueError(f"{name} is {value!r}, expected an integer, {expected}")

@@ -110,7 +110,8 @@ class Pretrainer:
         device (device, optional): Default: the model's.
         compile (bool or str): run the students under torch.compile, or under that backend of it.
         tokenizer (callable, optional): of Hugging Face, for batches of texts.
-        max_length (int): tokens at which texts are cut off. Default: what the model can take.
+        max_length (int): tokens at which the samples that ``fit`` reads are cut off; batches are taken as they are.
+            Default: what the model can take.
 
     Attributes:
         model (Module): what was given, being trained; :attr:`encoder` is the encoder in it, :attr:`teacher` the
@@ -209,7 +210,12 @@ class Pretrainer:
         self._schedule, self._rates = schedule or s.rate, Rates(self.optimizer)
         self._scaler = torch.amp.GradScaler(device.type) if s.amp == "fp16" else None
         pad = getattr(parts.base.config, "pad_token_id", None)
-        limit = s.max_length or (None if parts.patch else self._engine.usual)
+        usual = None if parts.patch else self._engine.usual
+        if s.max_length is not None and parts.positions() is not None and s.max_length > self._engine.usual:
+            raise ValueError(
+                f"max_length is {s.max_length}, expected at most {self._engine.usual}: the model has so many positions"
+            )
+        limit = s.max_length or usual
         known = inspect.signature(parts.embeddings.forward).parameters
         self._collate = Collate(parts.modality, tokenizer, pad or 0, limit, known)
         self._meter = Meter(parts.width, device)

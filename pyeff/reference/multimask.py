@@ -37,17 +37,16 @@ def integer_seed(op: str, seed: object) -> int:
     Raises:
         ValueError: it is no integer, or one of more than 64 bits.
     """
-    if isinstance(seed, torch.SymInt):  # must not be asked for its value
-        return seed  # type: ignore[return-value]
     try:
         if isinstance(seed, bool):
             raise TypeError
-        number = operator.index(seed)  # type: ignore[arg-type]
+        # To be asked for its index would fix the number of a compiled graph, which is then made anew for every seed.
+        number = seed if isinstance(seed, (int, torch.SymInt)) else operator.index(seed)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"{op}: seed is a {type(seed).__name__}, expected an integer or an int64 tensor") from None
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"{op}: seed is {number}, expected an integer of 64 bits")
-    return number
+    return number  # type: ignore[return-value]
 
 
 def multimask_gather(x: Tensor, plan: MaskPlan) -> Tensor:
