@@ -106,7 +106,7 @@ build-sanitizers: $(VENV)/.requirements
 run-sanitizers:
 	build/asan/pyeff_native >build/asan/run.log 2>&1 & asan=$$!; \
 	$(FIXED) build/tsan/pyeff_native; tsan=$$?; \
-	wait $$asan || { cat build/asan/run.log; exit 1; }; tail -n 1 build/asan/run.log; exit $$tsan
+	wait $$asan || { cat build/asan/run.log; exit 1; }; tail -n 9 build/asan/run.log; exit $$tsan
 
 # Does the portable path compile and link for arm64? Run it, too, where an emulator is. Without the emulated GPU kernels:
 # one emulation within another takes hours.

@@ -18,6 +18,9 @@ from tests import places
 DTYPES = places.DTYPES
 CELLS, NORMS, REDUCTIONS = ("rnn", "gru", "lstm"), ("rms", "layer", "none"), ("mean", "last")
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+# What the CPU's kernels take, and what a GPU's do; a place runs those of them that it has.
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+gpu_dtypes = pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d).removeprefix("torch."))
 
 
 def need(op: str, name: str) -> None:
@@ -26,6 +29,25 @@ def need(op: str, name: str) -> None:
     if not state.usable:
         message = f"{op}: backend {name!r} cannot be used: {state.reason}"
         pytest.fail(message) if name in places.REQUIRED else pytest.skip(message)
+
+
+def kept_for_backward(call: Callable[[], Tensor], given: Iterable[Tensor]) -> list[Tensor]:
+    """What the graph holds beyond what it was given and its output: one tensor of each storage."""
+    known = {t.untyped_storage().data_ptr() for t in given}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = call()
+    known.add(out.untyped_storage().data_ptr())
+    return [t for address, t in kept.items() if address not in known]
+
+
+def bytes_of(storages: Iterable[Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in storages)
 
 
 # The oracle is the reference in float64 on the very numbers that the low-precision call gets. In a dtype, the

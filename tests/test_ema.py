@@ -9,11 +9,10 @@ import torch
 
 import pyeff
 from tests import helpers, places
-from tests.helpers import DTYPES, says
+from tests.helpers import DTYPES, dtypes, says
 from tests.multimask_calls import normal
 
 OPERATION = "ema_update_"
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 SHAPES = [(), (1,), (7,), (0,), (3, 5), (64, 33), (1023,), (2, 0, 4), (3, 1, 2)]
 DECAYS = [0.0, 0.5, 0.9999, 0.99999, 1.0]
 

@@ -12,11 +12,10 @@ import torch
 import pyeff
 from pyeff import MaskPlan
 from tests import helpers
-from tests.helpers import DTYPES
+from tests.helpers import dtypes
 from tests.multimask_calls import MAKERS, OPS, check_call, make_gather, make_plan, make_scatter, random_grad, results
 
 OPERATION = "multimask_gather"
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 ops = pytest.mark.parametrize("op", OPS)
 FILLS = ("", "D", "TD", "BTD")
 # batch, masks, tokens, width

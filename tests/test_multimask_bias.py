@@ -8,11 +8,10 @@ import torch
 import pyeff
 from pyeff import MaskPlan
 from tests import helpers
-from tests.helpers import DTYPES, says
+from tests.helpers import DTYPES, dtypes, says
 from tests.multimask_calls import check_call, make_bias, make_plan, oracle
 
 OPERATION = "multimask_relative_bias"
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 @dtypes

@@ -8,6 +8,7 @@ import torch
 import pyeff
 from benchmarks import memory
 from tests.cuda_steps import Step, captured, fill_free_memory, launched, need_memory
+from tests.helpers import gpu_dtypes
 from tests.multimask_calls import (
     KINDS,
     MAKERS,
@@ -26,7 +27,6 @@ from tests.test_multimask_plan import same
 
 OPERATION = "multimask_loss"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 ops = pytest.mark.parametrize("op", OPS)
 
 
@@ -58,7 +58,7 @@ class Training:
         return [loss.detach(), moments, *spreads, *grads, plan.ids_keep, plan.inverse, *ema]
 
 
-@dtypes
+@gpu_dtypes
 def test_a_whole_step_in_one_graph(gpu_kernels, dtype):
     """Captured once; each replay draws its own masks and noise, and gives bit for bit what the calls give."""
     step = Training(dtype)
@@ -181,7 +181,7 @@ def test_launches_do_not_depend_on_the_number_of_students_or_tensors(gpu_kernels
 
 
 @ops
-@dtypes
+@gpu_dtypes
 def test_scratch_is_written_before_it_is_read(gpu_kernels, op, dtype):
     """Zeros, NaN and large numbers in the memory that the kernels are given change no bit of a result."""
     call = MAKERS[op](dtype=dtype, tokens=333)
@@ -195,7 +195,7 @@ def test_scratch_is_written_before_it_is_read(gpu_kernels, op, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_at_the_sizes_of_an_encoder(gpu_kernels, kind, dtype):
     call = make_loss(make_plan(4, 16, 196), 768, kind=kind, beta=0.7 if kind == "smooth_l1" else 0.0, dtype=dtype)
@@ -203,14 +203,14 @@ def test_losses_at_the_sizes_of_an_encoder(gpu_kernels, kind, dtype):
     check_call(call)
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("norm", NORMS)
 def test_targets_at_the_sizes_of_an_encoder(gpu_kernels, norm, dtype):
     for size in ((4, 196, 768, 10), (2, 1000, 768, 8)):
         check_call(make_targets(*size, norm=norm, post_norm="layer", dtype=dtype))
 
 
-@dtypes
+@gpu_dtypes
 def test_rows_at_the_sizes_of_an_encoder(gpu_kernels, dtype):
     plan = make_plan(4, 16, 196)
     check_call(make_gather(plan, 768, dtype=dtype))

@@ -11,6 +11,7 @@ import torch
 import pyeff
 from pyeff import MaskPlan
 from tests import helpers, places
+from tests.helpers import gpu_dtypes
 from tests.multimask_calls import (
     KINDS,
     NORMS,
@@ -34,7 +35,6 @@ from tests.test_multimask_targets import accumulated
 
 OPERATION = "multimask_loss"
 pytestmark = pytest.mark.emulated
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 kinds = pytest.mark.parametrize("kind", KINDS)
 norms = pytest.mark.parametrize("norm", NORMS)
 # Widths below and above what a block of threads takes at once, and ones that no vector divides.
@@ -74,7 +74,7 @@ def test_many_students(kernels):
     check_call(make_gather(make_plan(1, 1, 300), 4, dtype=torch.float32))
 
 
-@dtypes
+@gpu_dtypes
 @norms
 def test_targets(kernels, norm, dtype):
     check_call(make_targets(2, 7, 12, 2, norm=norm, dtype=dtype))
@@ -111,7 +111,7 @@ def test_layer_by_layer(kernels, norm):
     assert helpers.error(accumulated(call), call(call.definition)) < 1e-5
 
 
-@dtypes
+@gpu_dtypes
 @kinds
 def test_losses(kernels, kind, dtype):
     """By the forward pass that writes the gradient, and by the backward pass."""
@@ -139,7 +139,7 @@ def test_factors_of_the_loss(kernels):
     torch.testing.assert_close(again, 3 * one)
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_moments(kernels, offset, dtype):
     call = make_loss(make_plan(2, 3, 9), 12, dtype=dtype)
@@ -153,7 +153,7 @@ def test_moments(kernels, offset, dtype):
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-@dtypes
+@gpu_dtypes
 def test_bias(kernels, prefix, dtype):
     check_call(make_bias(make_plan(2, 3, 9).with_prefix(prefix), 3, dtype=dtype))
 

@@ -10,11 +10,10 @@ import torch
 import pyeff
 from pyeff import MaskPlan
 from tests import helpers
-from tests.helpers import DTYPES
+from tests.helpers import dtypes
 from tests.multimask_calls import KINDS, REDUCTIONS, check_call, make_loss, make_plan, oracle, results
 
 OPERATION = "multimask_loss"
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 kinds = pytest.mark.parametrize("kind", KINDS)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 # batch, masks, tokens, width

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import helpers
 from tests.multimask_calls import (
     Call,
     check_call,
@@ -64,21 +65,9 @@ def test_only_wanted_gradients_are_formed(native_kernels, names):
 
 def saved_bytes(call: Call) -> int:
     """Bytes that the graph holds beyond its inputs, the plan and its output."""
-    call = call.require_grad([next(iter(call.tensors))])
-    known = {t.untyped_storage().data_ptr() for t in call.tensors.values()}
-    if call.plan:
-        parts = (call.plan.ids_keep, call.plan.keep_len, call.plan.inverse, call.plan.lengths)
-        known |= {t.untyped_storage().data_ptr() for t in parts}
-    kept: dict[int, int] = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = call()
-    known.add(out.untyped_storage().data_ptr())
-    return sum(size for address, size in kept.items() if address not in known)
+    call, plan = call.require_grad([next(iter(call.tensors))]), call.plan
+    parts = (plan.ids_keep, plan.keep_len, plan.inverse, plan.lengths) if plan else ()
+    return helpers.bytes_of(helpers.kept_for_backward(call, (*call.tensors.values(), *parts)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

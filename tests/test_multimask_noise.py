@@ -11,11 +11,10 @@ import pyeff
 from pyeff import MaskPlan
 from pyeff.reference import _philox
 from tests import helpers
-from tests.helpers import DTYPES
+from tests.helpers import dtypes
 from tests.multimask_calls import check_call, exact_normals, make_plan, make_scatter
 
 OPERATION = "multimask_scatter"
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 def zero(batch: int, masks: int, tokens: int) -> MaskPlan:

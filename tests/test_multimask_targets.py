@@ -10,11 +10,10 @@ import torch
 import pyeff
 from pyeff.reference.multimask import wide
 from tests import helpers, places
-from tests.helpers import DTYPES
+from tests.helpers import dtypes
 from tests.multimask_calls import NORMS, Call, check_call, make_targets, oracle, sizes, terms
 
 OPERATION = "multimask_targets"
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 norms = pytest.mark.parametrize("norm", NORMS)
 post_norms = pytest.mark.parametrize("post_norm", NORMS)
 # batch, tokens, width, layers

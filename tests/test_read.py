@@ -10,10 +10,9 @@ import torch
 
 import pyeff
 from tests import helpers, places
-from tests.helpers import CELLS, DTYPES, NORMS, REDUCTIONS, check_read, make_read
+from tests.helpers import CELLS, NORMS, REDUCTIONS, check_read, dtypes, make_read
 
 EVERY_KIND = list(product(CELLS, NORMS))
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 def shape_id(value):

@@ -9,10 +9,9 @@ import pyeff
 from benchmarks import memory
 from tests import helpers
 from tests.cuda_steps import Step, captured, fill_free_memory, launched, need_memory
-from tests.helpers import CELLS, make_read
+from tests.helpers import CELLS, gpu_dtypes, make_read
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 
 
 def training_step(call: helpers.Read, names=None, **extra) -> tuple[Step, dict[str, torch.Tensor]]:
@@ -31,7 +30,7 @@ def training_step(call: helpers.Read, names=None, **extra) -> tuple[Step, dict[s
     return step, {**leaves.tensors, "grad_out": grad_out}
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("training", [False, True, "recompute"], ids=["forward", "training", "recompute"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_graph_capture_and_replay(gpu_kernels, cell, training, dtype):
@@ -121,7 +120,7 @@ def test_number_of_launches(gpu_kernels, cell):
     assert counts[0] == counts[1]
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("cell", CELLS)
 def test_tokens_for_the_largest_tiles(gpu_kernels, cell, dtype):
     """So many that every kernel takes its largest tiles, which the small sizes of the other tests never do."""
@@ -130,7 +129,7 @@ def test_tokens_for_the_largest_tiles(gpu_kernels, cell, dtype):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("cell", CELLS)
 def test_scratch_is_written_before_it_is_read(gpu_kernels, cell, dtype, recompute):
     """Zeros, NaN and large numbers in the memory that the kernels are given change no bit of a result."""
@@ -145,7 +144,7 @@ def test_scratch_is_written_before_it_is_read(gpu_kernels, cell, dtype, recomput
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("cell", CELLS)
 def test_less_memory_than_the_definition(gpu_kernels, cell, dtype):
     """A training step over a frozen backbone: what is kept, and the peak with all scratch memory."""

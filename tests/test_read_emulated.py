@@ -14,16 +14,15 @@ import torch
 import pyeff
 from tests import helpers, places
 from tests.conftest import place_fixture
-from tests.helpers import CELLS, NORMS, check_read, make_read
+from tests.helpers import CELLS, NORMS, check_read, gpu_dtypes, make_read
 
 pytestmark = pytest.mark.emulated
 triton_emulated = place_fixture([place for place in places.KERNELS if place == ("triton", "cpu")])
 EVERY_KIND = list(product(CELLS, NORMS))
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize(("cell", "norm"), EVERY_KIND)
 def test_output_and_gradients(kernels, cell, norm, dtype):
     call = make_read(cell, norm, lead=(3,), layers=2, d=20, r=10, dtype=dtype)
@@ -101,7 +100,7 @@ def test_strides(kernels):
     check_read(call, call.tensors)
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_outlying_values(kernels, norm, dtype):
     """A feature that dwarfs the others, and a mean far from zero: the statistics must not cancel."""
@@ -111,7 +110,7 @@ def test_outlying_values(kernels, norm, dtype):
     check_read(call, call.tensors)
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("ratio", [32, 128])
 @pytest.mark.parametrize("r", [12, 64])
 def test_means_far_from_zero(kernels, ratio, r, dtype):

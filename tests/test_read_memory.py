@@ -13,27 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyeff
 from tests import helpers
-from tests.helpers import CELLS, DTYPES, NORMS, make_read
+from tests.helpers import CELLS, NORMS, dtypes, make_read
 
 EVERY_KIND = list(product(CELLS, NORMS))
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-def saved_bytes(call: helpers.Read, recompute: bool) -> tuple[int, list[torch.Tensor]]:
-    """Bytes that the graph holds beyond its inputs, and the tensors themselves."""
+def saved(call: helpers.Read, recompute: bool) -> list[torch.Tensor]:
+    """What the graph of a call holds, with all derivatives but those of the layers' outputs wanted."""
     call = call.require_grad(n for n in call.tensors if not n.startswith("phi"))
-    inputs = {t.untyped_storage().data_ptr() for t in call.tensors.values()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in inputs:
-            kept[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = call(recompute=recompute)
-    kept.pop(out.untyped_storage().data_ptr(), None)
-    return sum(t.untyped_storage().nbytes() for t in kept.values()), list(kept.values())
+    return helpers.kept_for_backward(lambda: call(recompute=recompute), call.tensors.values())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -42,8 +30,9 @@ def saved_bytes(call: helpers.Read, recompute: bool) -> tuple[int, list[torch.Te
 def test_saved_for_backward(kernels, cell, norm, dtype, recompute):
     """A token costs its states, the norm's statistics and (unless recomputed) its gates: nothing of width d."""
     layers, r, d = 3, 32, 208
-    few, _ = saved_bytes(make_read(cell, norm, lead=(256,), layers=layers, d=d, r=r, dtype=dtype), recompute)
-    many, kept = saved_bytes(make_read(cell, norm, lead=(512,), layers=layers, d=d, r=r, dtype=dtype), recompute)
+    less = saved(make_read(cell, norm, lead=(256,), layers=layers, d=d, r=r, dtype=dtype), recompute)
+    kept = saved(make_read(cell, norm, lead=(512,), layers=layers, d=d, r=r, dtype=dtype), recompute)
+    few, many = helpers.bytes_of(less), helpers.bytes_of(kept)
     states = layers * r * (2 if cell == "lstm" else 1)
     gates = 0 if recompute or cell == "rnn" else layers * 4 * r
     statistics = {"rms": 1, "layer": 2, "none": 0}[norm] * layers
@@ -65,7 +54,7 @@ def test_the_documented_bytes_a_token():
     def a_token(backend, recompute, **kind):
         with pyeff.backend(backend):
             counts = [
-                saved_bytes(make_read(lead=(n,), layers=12, d=768, r=256, state=False, **kind), recompute)[0]
+                helpers.bytes_of(saved(make_read(lead=(n,), layers=12, d=768, r=256, state=False, **kind), recompute))
                 for n in (64, 96)
             ]
         return (counts[1] - counts[0]) // 32

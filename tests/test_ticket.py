@@ -14,11 +14,10 @@ import torch
 import pyeff
 from pyeff import Ticket
 from tests import helpers, places
-from tests.helpers import DTYPES
+from tests.helpers import dtypes
 from tests.ticket_calls import ACTIVATIONS, check_call, make_call, make_ticket, random_grad
 
 OPERATION = "ticket_linear"
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 activations = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 BLOCKS = (8, 16, 32, 64, 128, (8, 32), (32, 8), (128, 16), (16, 64), (5, 7), (24, 40), (1, 1), (3, 128), (65, 2))
 TOKENS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 129, 500)

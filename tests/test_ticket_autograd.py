@@ -11,12 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyeff
 from tests import helpers
-from tests.helpers import DTYPES
+from tests.helpers import dtypes
 from tests.ticket_calls import ACTIVATIONS, TENSORS, TicketCall, check_call, make_call, padding
 
 OPERATION = "ticket_linear"
 SUBSETS = [names for count in (1, 2, 3) for names in combinations(TENSORS, count)]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 activations = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 subsets = pytest.mark.parametrize("names", SUBSETS, ids="-".join)
 
@@ -107,17 +106,7 @@ def test_what_is_kept(native_kernels, activation):
 def saved_bytes(call: TicketCall) -> int:
     """Bytes that the graph holds beyond its inputs and its output."""
     call = call.require_grad(call.tensors)
-    known = {t.untyped_storage().data_ptr() for t in (*call.tensors.values(), call.ticket.index)}
-    kept: dict[int, int] = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = call()
-    known.add(out.untyped_storage().data_ptr())
-    return sum(size for address, size in kept.items() if address not in known)
+    return helpers.bytes_of(helpers.kept_for_backward(call, (*call.tensors.values(), call.ticket.index)))
 
 
 @dtypes

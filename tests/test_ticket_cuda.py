@@ -10,11 +10,11 @@ from benchmarks import memory
 from pyeff import Ticket
 from tests import helpers
 from tests.cuda_steps import Step, captured, fill_free_memory, launched, need_memory
+from tests.helpers import gpu_dtypes
 from tests.ticket_calls import ACTIVATIONS, TENSORS, TicketCall, check_call, make_call, make_ticket, random_blocks
 
 OPERATION = "ticket_linear"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 activations = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 # A token by itself, few, a tile and a bit.
@@ -34,7 +34,7 @@ def training_step(call: TicketCall, names=()) -> tuple[Step, dict[str, torch.Ten
     return step, {**leaves.tensors, "grad_out": grad_out}
 
 
-@dtypes
+@gpu_dtypes
 @tokens
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 def test_graph_capture_and_replay(gpu_kernels, training, tokens, dtype):
@@ -121,7 +121,7 @@ def test_number_of_launches(gpu_kernels, tokens):
 
 
 @tokens
-@dtypes
+@gpu_dtypes
 def test_scratch_is_written_before_it_is_read(gpu_kernels, dtype, tokens):
     """Zeros, NaN and large numbers in the memory that the kernels are given change no bit of a result."""
     call = make_call((333, 250), 16, lead=(tokens,), dtype=dtype, activation="gelu")
@@ -135,7 +135,7 @@ def test_scratch_is_written_before_it_is_read(gpu_kernels, dtype, tokens):
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
-@dtypes
+@gpu_dtypes
 def test_less_memory_than_the_dense_layer(gpu_kernels, dtype):
     """What a training step takes beside x and the parameters: gradients of living blocks, no dense weight."""
     call = make_call((3072, 768), 32, 0.3, lead=(64,), dtype=dtype, traps=False)
@@ -155,7 +155,7 @@ def test_less_memory_than_the_dense_layer(gpu_kernels, dtype):
     assert ours[1] < theirs[1]
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("shape", [(3072, 768), (768, 3072)], ids=str)
 def test_the_sizes_of_a_base_encoder(gpu_kernels, shape, block, dtype):

@@ -13,16 +13,16 @@ import torch
 from pyeff import Ticket
 from tests import helpers, places
 from tests.conftest import place_fixture
+from tests.helpers import gpu_dtypes
 from tests.ticket_calls import ACTIVATIONS, check_call, make_call, make_ticket, random_grad
 
 OPERATION = "ticket_linear"
 pytestmark = pytest.mark.emulated
 triton_emulated = place_fixture([place for place in places.KERNELS if place == ("triton", "cpu")])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize(("block", "activation"), [(8, None), (16, "relu"), (32, "gelu")])
 @pytest.mark.parametrize("tokens", [3, 33])
 def test_output_and_gradients(kernels, tokens, block, activation, dtype):
@@ -30,7 +30,7 @@ def test_output_and_gradients(kernels, tokens, block, activation, dtype):
     check_call(call, call.tensors)
 
 
-@dtypes
+@gpu_dtypes
 @pytest.mark.parametrize("block", [64, 128])
 def test_large_blocks(kernels, block, dtype):
     call = make_call((block + 9, 2 * block), block, 1.0, lead=(17,), dtype=dtype, activation="relu", holes=False)

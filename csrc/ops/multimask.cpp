@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "ops/averages.h"
 #include "ops/checked.h"
 #include "ops/number.h"
 #include "ops/parallel.h"
@@ -224,9 +225,7 @@ void block_mask(Tensor seed, MaybeTensor sample_ids, Tensor lengths, int64_t mas
 }
 
 void ema_update(std::vector<Tensor> ema, std::vector<Tensor> params, Tensor decay, std::vector<Tensor> copies) {
-  STD_TORCH_CHECK(params.size() == ema.size(), "params has ", params.size(), " tensors, expected ", ema.size());
-  STD_TORCH_CHECK(copies.empty() || copies.size() == ema.size(), "copies has ", copies.size(), " tensors, expected ",
-                  ema.size());
+  check_averages(ema, params, copies);
   const Checked checked{ScalarType::Double};
   const double keep = *static_cast<const double*>(checked.read(decay, 1, "decay"));
   std::vector<EmaTensor> all(ema.size());
@@ -238,8 +237,6 @@ void ema_update(std::vector<Tensor> ema, std::vector<Tensor> params, Tensor deca
     one.ema = checked.write(ema[i], one.count, ema[i].scalar_type(), "ema");
     one.param = checked.read(params[i], one.count, params[i].scalar_type(), "params");
     if (copies.empty()) continue;
-    STD_TORCH_CHECK(copies[i].numel() == one.count, "copies has a tensor of ", copies[i].numel(),
-                    " elements, expected ", one.count);
     one.copy_number = number_of(copies[i], "copies");
     one.copy = checked.write(copies[i], one.count, copies[i].scalar_type(), "copies");
   }

@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyeff_cuda, m) {
 
 #include <vector>
 
+#include "ops/averages.h"
 #include "ops/checked.h"
 #include "ops/gpu.h"
 
@@ -104,8 +105,7 @@ void block_mask(Tensor seed, MaybeTensor sample_ids, Tensor lengths, int64_t mas
 }
 
 void ema_update(std::vector<Tensor> ema, std::vector<Tensor> params, Tensor decay, std::vector<Tensor> copies) {
-  STD_TORCH_CHECK(ema.size() == params.size() && (copies.empty() || copies.size() == ema.size()), "there are ",
-                  ema.size(), " averages, ", params.size(), " parameters and ", copies.size(), " copies");
+  check_averages(ema, params, copies);
   if (ema.empty()) return;
   Checked checked;
   checked.device = gpu_device(ema.front());

@@ -107,7 +107,7 @@ def _check(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor
 
 def _check_apart(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> None:
     """What is written may overlap nothing: threads would see each other's results."""
-    if torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in (*ema, *params)):
+    if not _plain((*ema, *params, *copies)):
         return
     spans = [
         (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), f"{name}[{i}]", name != "params")
@@ -128,17 +128,36 @@ def _ema(ema, params, decay, copies, *, backend=""):
     op = "ema_update_"
     if not ema:
         return
-    _check(op, ema, params, copies)
+    given = (*ema, *params, *copies)
+    kinds = {(t.dtype, t.device): t for t in given}
+    # The libraries of kernels check for themselves, in a fraction of the time, and do not say which tensor it is.
+    fits = all(dtype in DTYPES and device == ema[0].device for dtype, device in kinds)
+    trusted = fits and _plain(given)
+    if not trusted:
+        _check(op, ema, params, copies)
     _check_decay(op, decay, ema[0].device)
+    # One tensor of a dtype that the kernels do not know, and all are for the reference.
+    chosen = min((kernels.choose(op, t, 0, backend, "") for t in kinds.values()), key=lambda name: name != "reference")
     with torch.no_grad():
+        if chosen in ("cpu", "cuda") and trusted:
+            try:
+                torch.ops.pyeff.ema_update_kernels(ema, params, decay, copies, chosen)
+            except RuntimeError:
+                _check(op, ema, params, copies)
+                raise
+            return
+        if trusted:
+            _check(op, ema, params, copies)
         ema, params, copies = ([t.detach() for t in given] for given in (ema, params, copies))
-        # One tensor of a dtype that the kernels do not know, and all are for the reference.
-        likes = {t.dtype: t for t in (*ema, *params, *copies)}.values()
-        chosen = min((kernels.choose(op, t, 0, backend, "") for t in likes), key=lambda name: name != "reference")
         if chosen == "reference":
             reference.ema_update_(ema, params, decay, copies=copies or None)
         else:
             torch.ops.pyeff.ema_update_kernels(ema, params, decay, copies, chosen)
+
+
+def _plain(given: Sequence[Tensor]) -> bool:
+    """Whether these are tensors with memory of their own, and not what stands for some while a graph is made."""
+    return not torch.compiler.is_compiling() and all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
 
 
 def _kernels(ema, params, decay, copies, backend):

@@ -30,7 +30,8 @@ inline std::vector<Test>& children() {
 
 // Whether a case of a grid runs, by its number: one in `asan` under AddressSanitizer, one in `tsan` under
 // ThreadSanitizer, every one without. CI sets PYEFF_TURN, another number for each commit: then these are others each
-// time, and of a grid that takes long only one in `turns`. main.cpp sees to it that no kernel is left out.
+// time, and of a grid that takes long only one in `turns`, also without a sanitizer: there another processor is
+// emulated. main.cpp sees to it that no kernel of a GPU is left out.
 constexpr uint64_t kTurns = 4;
 bool taken(uint64_t number, uint64_t asan = 1, uint64_t tsan = 1, uint64_t turns = kTurns);
 

@@ -365,7 +365,9 @@ TEST(multimask_on_the_gpu_keeps_the_digits_of_small_deviations) {
   uint64_t seed = 42200;
   for (MultimaskNorm norm : {MultimaskNorm::instance, MultimaskNorm::layer, MultimaskNorm::batch})
     for (const Shape& shape : {Shape{2, 1, 9, 24}, Shape{1, 1, 300, 7}, Shape{1, 1, 1030, 4}, Shape{1, 1, 2, 1064}}) {
-      if (!taken(++seed, 2, 4)) continue;
+      // A kernel that few other cases reach is reached each time.
+      const bool wide = norm == MultimaskNorm::layer && shape.width > 1000;
+      if (!taken(++seed, 2, 4) && !wide) continue;
       const Call call(CpuNumber::f32, shape, Begin::vector, seed, 30, 0.017);
       call.check_targets(call.targets(norm, MultimaskNorm::none), norm);
     }

@@ -64,6 +64,7 @@ TEST(tickets_of_every_block_are_right) {
       for (Number number : kNumbers)
         for (int64_t tokens : {1, 6, 8, 50, 131}) {
           Random random(++seed);
+          if (!taken(seed)) continue;
           TicketOptions o;
           o.activation = random.pick(kActivations), o.bias = random.coin(), o.strided = random.coin();
           o.density = random.coin() ? 0.3 : 0.8;
