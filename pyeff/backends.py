@@ -276,8 +276,12 @@ def choose(
         if reason:
             raise RuntimeError(f"{op}: backend {requested!r} was asked for and cannot serve: {reason}")
         return requested
-    order = dict.fromkeys((*prefer, *OPS[op]))
-    return next(name for name in order if not refusal(op, name, device, dtype, transform, named=False))
+    for name in dict.fromkeys((*prefer, *OPS[op])):
+        # Most are for another device, and nobody asks why: every call of an op comes here.
+        here = name == "reference" or DEVICE[name] == device.type
+        if here and not refusal(op, name, device, dtype, transform, named=False):
+            return name
+    raise AssertionError(f"{op} has no reference")
 
 
 def info() -> dict[str, object]:

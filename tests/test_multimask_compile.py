@@ -97,7 +97,8 @@ def test_other_sizes(native):
     step, counter = Step(), CompileCounterWithBackend("aot_eager")
     function = torch.compile(step, backend=counter, fullgraph=True)
     counts = []
-    for batch, tokens in ((2, 10), (3, 14), (5, 30), (4, 21), (7, 16)):
+    # Of the definition fewer: each is another graph.
+    for batch, tokens in ((2, 10), (3, 14), (5, 30), (4, 21), (7, 16))[: 3 if native == "reference" else 5]:
         inputs = step_inputs(batch, tokens)
         torch.testing.assert_close(function(*inputs)[0], step(*inputs)[0])
         counts.append(counter.frame_count)
