@@ -7,8 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import TransformType, is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd import forward_ad
+
+
+def plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are tensors and nothing else, in a call that nothing watches: no compiler, mode or transform.
+
+    Then an op may be called as the function behind it. The dispatcher's way to Python and back takes as long as a small
+    kernel; what it is there for is all that this asks for.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _len_torch_dispatch_stack() == 0
+        and _len_torch_function_stack() == 0
+        and _get_tracing_state() is None
+        and peek_interpreter_stack() is None
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+def direct(tensors: Sequence[Tensor | None]) -> bool:
+    """The same where no derivative is wanted either: then an op with one may be called as its kernels' function."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return not wanted and plain(tensors)
 
 
 def check_tensor(

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
+from pyeff.ops._calls import plain
 from pyeff.ops._multimask_checks import DTYPES, check_floating
 
 _lib = torch.library.Library("pyeff", "FRAGMENT")
@@ -59,7 +60,10 @@ def ema_update_(
     for name, given in (("params", params), *([("copies", copies)] if copies is not None else [])):
         if len(given) != len(ema):
             raise ValueError(f"{op}: {name} has {len(given)} tensors, expected {len(ema)} as ema")
-    for name, given in (("ema", ema), ("params", params), ("copies", copies or [])):
+    copies = copies or []
+    for name, given in (("ema", ema), ("params", params), ("copies", copies)):
+        if all(isinstance(t, Tensor) for t in given):
+            continue
         for i, t in enumerate(given):
             if not isinstance(t, Tensor):
                 raise ValueError(f"{op}: {name}[{i}] is a {type(t).__name__}, expected a tensor")
@@ -71,7 +75,8 @@ def ema_update_(
         raise ValueError(f"{op}: decay is {decay!r}, expected a number from 0 to 1")
     else:
         decay = torch.full((), float(decay), dtype=torch.float64, device=ema[0].device)
-    torch.ops.pyeff.ema_update_(ema, params, decay, copies or [], backend=backends.current())
+    function = _ema if plain((*ema, *params, *copies, decay)) else torch.ops.pyeff.ema_update_
+    function(ema, params, decay, copies, backend=backends.current())
 
 
 def _check_decay(op: str, decay: Tensor, device: torch.device) -> None:
@@ -107,7 +112,7 @@ def _check(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor
 
 def _check_apart(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> None:
     """What is written may overlap nothing: threads would see each other's results."""
-    if not _plain((*ema, *params, *copies)):
+    if not plain((*ema, *params, *copies)):
         return
     spans = [
         (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), f"{name}[{i}]", name != "params")
@@ -128,20 +133,19 @@ def _ema(ema, params, decay, copies, *, backend=""):
     op = "ema_update_"
     if not ema:
         return
-    given = (*ema, *params, *copies)
-    kinds = {(t.dtype, t.device): t for t in given}
+    given, device = (*ema, *params, *copies), ema[0].device
+    likes = {t.dtype: t for t in given}
     # The libraries of kernels check for themselves, in a fraction of the time, and do not say which tensor it is.
-    fits = all(dtype in DTYPES and device == ema[0].device for dtype, device in kinds)
-    trusted = fits and _plain(given)
-    if not trusted:
+    trusted = all(dtype in DTYPES for dtype in likes) and plain(given)
+    if not trusted or any(t.device != device for t in likes.values()):
         _check(op, ema, params, copies)
-    _check_decay(op, decay, ema[0].device)
+    _check_decay(op, decay, device)
     # One tensor of a dtype that the kernels do not know, and all are for the reference.
-    chosen = min((kernels.choose(op, t, 0, backend, "") for t in kinds.values()), key=lambda name: name != "reference")
+    chosen = min((kernels.choose(op, t, 0, backend, "") for t in likes.values()), key=lambda name: name != "reference")
     with torch.no_grad():
         if chosen in ("cpu", "cuda") and trusted:
             try:
-                torch.ops.pyeff.ema_update_kernels(ema, params, decay, copies, chosen)
+                _kernels(ema, params, decay, copies, chosen)
             except RuntimeError:
                 _check(op, ema, params, copies)
                 raise
@@ -153,11 +157,6 @@ def _ema(ema, params, decay, copies, *, backend=""):
             reference.ema_update_(ema, params, decay, copies=copies or None)
         else:
             torch.ops.pyeff.ema_update_kernels(ema, params, decay, copies, chosen)
-
-
-def _plain(given: Sequence[Tensor]) -> bool:
-    """Whether these are tensors with memory of their own, and not what stands for some while a graph is made."""
-    return not torch.compiler.is_compiling() and all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
 
 
 def _kernels(ema, params, decay, copies, backend):

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
+from pyeff.ops._calls import check_tensor, direct, plain, refuse_tangents, transform_of
 from pyeff.ops._multimask_checks import (
     check_floating,
     check_plan,
@@ -81,7 +81,8 @@ def multimask_gather(x: Tensor, plan: MaskPlan) -> Tensor:
             f"multimask_gather: x has shape {list(x.shape)}, expected [{plan.batch}, {plan.tokens}, D]: the plan is of "
             f"{plan.batch} samples with {plan.masks} masks each"
         )
-    return torch.ops.pyeff.multimask_gather(x, plan.ids_keep, plan.keep_len, plan.inverse, backend=backends.current())
+    function = _gather if plain((x,)) else torch.ops.pyeff.multimask_gather
+    return function(x, plan.ids_keep, plan.keep_len, plan.inverse, backend=backends.current())
 
 
 def _check_index(op: str, like: Tensor, ids_keep: Tensor, keep_len: Tensor, inverse: Tensor) -> None:
@@ -107,7 +108,8 @@ def _gather(x, ids_keep, keep_len, inverse, *, backend=""):
     chosen = kernels.choose(op, x, x.shape[-1], backend, transform_of([x]))
     if chosen == "reference":
         return reference.multimask.gather(x, ids_keep, keep_len)
-    return torch.ops.pyeff.multimask_gather_forward(x, ids_keep, keep_len, inverse, chosen)
+    forward = _gather_kernels if direct((x,)) else torch.ops.pyeff.multimask_gather_forward
+    return forward(x, ids_keep, keep_len, inverse, chosen)
 
 
 def _gather_kernels(x, ids_keep, keep_len, inverse, backend):
@@ -208,7 +210,8 @@ def multimask_scatter(
                 )
             fill = fill.expand(1, plan.tokens, x.shape[-1])
     check_sample_ids(op, sample_ids, plan.batch, x)
-    return torch.ops.pyeff.multimask_scatter(
+    function = _scatter if plain((x, fill, sample_ids)) else torch.ops.pyeff.multimask_scatter
+    return function(
         x, plan.ids_keep, plan.keep_len, plan.inverse, plan.lengths, checked_seed(op, seed, x.device), fill,
         noise_std=checked_number(op, "noise_std", noise_std), sample_ids=sample_ids, backend=backends.current(),
     )  # fmt: skip
@@ -239,9 +242,8 @@ def _scatter(
     chosen = kernels.choose(op, x, x.shape[-1], backend, transform_of([x, fill]))
     if chosen == "reference":
         return reference.multimask.scatter(x, inverse, lengths, fill, seed, sample_ids, noise_std)
-    return torch.ops.pyeff.multimask_scatter_forward(
-        x, ids_keep, keep_len, inverse, lengths, fill, seed, sample_ids, noise_std, chosen
-    )
+    forward = _scatter_kernels if direct((x, fill)) else torch.ops.pyeff.multimask_scatter_forward
+    return forward(x, ids_keep, keep_len, inverse, lengths, fill, seed, sample_ids, noise_std, chosen)
 
 
 def _scatter_kernels(x, ids_keep, keep_len, inverse, lengths, fill, seed, sample_ids, noise_std, backend):

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
+from pyeff.ops._calls import check_tensor, direct, plain, refuse_tangents, transform_of
 from pyeff.ops._multimask_checks import check_eps, check_floating, check_option, checked_number
 from pyeff.plans.mask import checked_lengths
 from pyeff.reference.multimask import NORMS, wide
@@ -85,9 +85,8 @@ def multimask_targets(
     check_option(op, "post_norm", post_norm, NORMS)
     eps = checked_number(op, "eps", eps)
     lengths = checked_lengths(op, lengths, layers[0].shape[0], layers[0].shape[1], layers[0].device)
-    return torch.ops.pyeff.multimask_targets(
-        layers, lengths, norm=norm, post_norm=post_norm, eps=eps, backend=backends.current()
-    )
+    function = _targets if plain(layers) else torch.ops.pyeff.multimask_targets
+    return function(layers, lengths, norm=norm, post_norm=post_norm, eps=eps, backend=backends.current())
 
 
 def _check_layers(op: str, layers: Sequence[Tensor]) -> None:
@@ -114,7 +113,8 @@ def _targets(layers, lengths, *, norm="instance", post_norm="none", eps=1e-5, ba
     chosen = kernels.choose(op, layers[0], layers[0].shape[-1], backend, transform_of(list(layers)))
     if chosen == "reference":
         return reference.multimask.targets(layers, lengths, norm, post_norm, eps)
-    return torch.ops.pyeff.multimask_targets_forward(layers, lengths, norm, post_norm, eps, chosen)
+    forward = _forward if direct(layers) else torch.ops.pyeff.multimask_targets_forward
+    return forward(layers, lengths, norm, post_norm, eps, chosen)
 
 
 def _forward(layers, lengths, norm, post_norm, eps, backend):

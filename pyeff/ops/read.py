@@ -16,7 +16,7 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _read_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import autocast_dtype, cast, check_tensor, refuse_tangents, transform_of
+from pyeff.ops._calls import autocast_dtype, cast, check_tensor, direct, plain, refuse_tangents, transform_of
 from pyeff.ops._read_kernels import SAVE_GATES, SAVE_NOTHING, SAVE_STATES
 from pyeff.reference.read import GATES, check_layers, check_options, split_state
 
@@ -118,7 +118,9 @@ def read_recurrence(
         "read_recurrence", phi, w_ih, w_hh, b_ih=b_ih, b_hh=b_hh, norm_weight=norm_weight, norm_bias=norm_bias,
         h0=h0, c0=c0,
     )  # fmt: skip
-    return torch.ops.pyeff.read_recurrence(
+    watched = (*phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0)
+    function = _recurrence if plain(watched) else torch.ops.pyeff.read_recurrence
+    return function(
         phi, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, h0=h0, c0=c0, cell=cell,
         norm=norm, eps=eps, reduce=reduce, recompute=recompute, backend=backends.current(),
     )  # fmt: skip
@@ -163,7 +165,9 @@ def read_step(
     _check_types(
         "read_step", [phi_i], w_ih, w_hh, b_ih=b_ih, b_hh=b_hh, norm_weight=norm_weight, norm_bias=norm_bias
     )  # fmt: skip
-    h, c = torch.ops.pyeff.read_step(
+    watched = (phi_i, h, c, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias)
+    function = _step if plain(watched) else torch.ops.pyeff.read_step
+    h, c = function(
         phi_i, h, c, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm,
         eps=eps, backend=backends.current(),
     )  # fmt: skip
@@ -263,7 +267,8 @@ def _recurrence(
             cell=cell, norm=norm, eps=eps, reduce=reduce,
         )  # fmt: skip
     save = _save_mode([*phi, *rest], recompute)
-    return torch.ops.pyeff.read_forward(phi, *rest, cell, norm, eps, reduce, save, chosen)[0]
+    forward: Any = _forward if direct((*phi, *rest)) else torch.ops.pyeff.read_forward
+    return forward(phi, *rest, cell, norm, eps, reduce, save, chosen)[0]
 
 
 def _step(
@@ -275,7 +280,8 @@ def _step(
     w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c = rest
     if chosen != "reference":
         save = _save_mode([phi_i, *rest], False)
-        return torch.ops.pyeff.read_forward([phi_i], *rest, cell, norm, eps, "last", save, chosen)[:2]
+        forward: Any = _forward if direct((phi_i, *rest)) else torch.ops.pyeff.read_forward
+        return forward([phi_i], *rest, cell, norm, eps, "last", save, chosen)[:2]
     state: Any = h
     if cell == "lstm" and not (h is None and c is None):
         zero = torch.zeros_like(h if h is not None else c)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _register
 from pyeff.ops import _ticket_kernels as kernels
-from pyeff.ops._calls import autocast_dtype, cast, check_tensor, refuse_tangents, transform_of
+from pyeff.ops._calls import autocast_dtype, cast, check_tensor, direct, plain, refuse_tangents, transform_of
 from pyeff.plans import Ticket
 from pyeff.reference.ticket import check_activation
 
@@ -78,9 +78,8 @@ def ticket_linear(
     if tuple(values.shape) != (ticket.nnz, *ticket.block):
         expected = [ticket.nnz, *ticket.block]
         raise ValueError(f"ticket_linear: values has shape {list(values.shape)}, expected {expected} for {ticket!r}")
-    return torch.ops.pyeff.ticket_linear(
-        x, values, ticket.index, ticket.shape[0], bias, activation=activation, backend=backends.current()
-    )
+    function = _linear if plain((x, values, bias)) else torch.ops.pyeff.ticket_linear
+    return function(x, values, ticket.index, ticket.shape[0], bias, activation=activation, backend=backends.current())
 
 
 def _check_types(x: object, values: object, bias: object) -> None:
@@ -126,7 +125,8 @@ def _linear(x, values, index, out_features, bias=None, *, activation=None, backe
         return reference.ticket.linear(x, values, index, out_features, bias, activation)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
     keep = differentiable and activation == "gelu"
-    return torch.ops.pyeff.ticket_forward(x, values, index, out_features, bias, activation, keep, chosen)[0]
+    forward = _forward if direct((x, values, bias)) else torch.ops.pyeff.ticket_forward
+    return forward(x, values, index, out_features, bias, activation, keep, chosen)[0]
 
 
 def _forward(x, values, index, out_features, bias, activation, keep, backend):
