@@ -1,7 +1,7 @@
 """Which kernels the multimask family launches for a call, for ``multimask_model``.
 
-Triton's launches are those that kernels/multimask.py makes, recorded with tensors that have no memory. What a kernel
-takes of an SM is in the committed table of the resource report.
+Triton's launches are those that kernels/multimask.py makes, recorded with tensors that have no memory; those of CUDA
+C++ are in ``multimask_cuda_plan``. What a kernel takes of an SM is in the committed tables of the resource report.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from . import multimask_model
+from . import multimask_cuda_plan, multimask_model
 from .gpus import Card
 from .multimask_model import Shape, Step
-from .plans import Family, NoPlan, arguments, recorded, resources
+from .plans import Family, arguments, ceil, recorded, resources
 
 # Name: B, T, M, K, kept tokens of a row; the settings that the operations are measured at.
 SETTINGS = {"image": (8, 196, 16, 10, 39), "audio": (2, 1000, 8, 8, 500), "text": (4, 512, 8, 12, 266)}
@@ -45,9 +45,7 @@ def plan(backend: str, shape: Shape, card: Card) -> list[Step]:
     Raises:
         NoPlan: this machine cannot tell, or the resource table has no such kernel.
     """
-    if backend != "triton":
-        raise NoPlan("nobody has written down the launches of csrc/cuda/multimask*")
-    return list(_triton(shape, card))
+    return list(_triton(shape, card)) if backend == "triton" else multimask_cuda_plan.steps(shape, card)
 
 
 _KERNELS = {
@@ -58,7 +56,7 @@ _KERNELS = {
     "distance": "loss",
     "finish": "finish",
     "relative_bias": "bias",
-    "relative_bias_backward": "bias",
+    "relative_bias_backward": "bias gradient",
     "add": "add",
     "block_mask": "mask",
     "ema_update": "average",
@@ -68,13 +66,33 @@ _KERNELS = {
 def _triton(shape: Shape, card: Card) -> Iterator[Step]:
     for launch in _recorded(shape, card):
         given, name = arguments(launch), launch.kernel.__name__
-        _, resident, _ = resources(launch.config.name, card)
+        threads, resident, _ = resources(launch.config.name, card)
         kernel = _KERNELS.get(name) or ("gather from rows" if given["masks"] == 1 else "gather")
         groups = int(given.get("groups") or given.get("parts") or 1) if name in ("finish", "add") else 1
         moments = given.get("moments") is not None
         if name == "distance" and moments:
             groups = int(given["moments"].shape[0])
-        yield Step(kernel, math.prod(launch.grid), resident, groups, moments)
+        blocks, shared = math.prod(launch.grid), 0.0
+        if kernel == "targets":
+            # A tile stays in registers. Sums of its numbers, of what their mean leaves of them, and of its squares.
+            columns = int(given["BLOCK_C"]) * shape.s // 16
+            shared = multimask_model.in_shared(shape, blocks, threads, columns, sums=3, passes=2)
+        steps = {"targets": 8 * shape.layers, "layer norm": 8, "mask": multimask_model.MASK_STEPS}.get(kernel, 0)
+        yield Step(kernel, blocks, resident, groups, moments, _rounds(name, given, shape), steps, shared)
+
+
+def _rounds(name: str, given: dict[str, Any], shape: Shape) -> int:
+    """How often a program waits for its loads after the first ones: as often as its loop goes round."""
+    if name == "sum_rows":
+        return multimask_model.waits_of_sum(shape)
+    if name == "distance":
+        # Tile after tile a program goes through the masks, and waits for indices and then for what they say.
+        return int(given["each"]) * ceil(shape.masks, int(given["AHEAD"])) * 2
+    if name == "relative_bias_backward":
+        return int(given["each"])
+    if name in ("finish", "add"):
+        return ceil(int(given.get("groups") or given["parts"]), int(given.get("BLOCK_G") or given["BLOCK_P"]))
+    return 0
 
 
 def _recorded(shape: Shape, card: Card) -> list[Any]:
@@ -93,7 +111,7 @@ def _recorded(shape: Shape, card: Card) -> list[Any]:
     x, kept, large, target = empty(b, t, d), empty(rows, k, d), empty(rows, t, d), empty(b, t, d, kind=wide)
     with recorded("multimask", card) as (family, launches):
         if shape.op == "multimask_targets":
-            post = 2 if shape.name == "image" else 0
+            post = 2 if shape.post_norm else 0
             family.targets([x] * shape.layers, lengths, 1, post, 1e-5, 1 / shape.layers, False, target)
         elif shape.op == "multimask_gather":
             family.gather(x, ids, counts, kept)
@@ -115,8 +133,7 @@ def _recorded(shape: Shape, card: Card) -> list[Any]:
             grid = 14 if shape.name == "image" else 0
             family.block_mask(seed, None, lengths, m, grid, k / t, 0.03, 3, True, ids, counts, inverse)
         else:
-            # The tensors of a vision transformer: twelve blocks of twelve million numbers, roughly.
-            tensors = [empty(n, kind=wide) for n in (d * d * 4, d * d * 3, d * d * 4, d * d, d) * 12]
+            tensors = [empty(n, kind=wide) for n in shape.averaged]
             family.ema_update(tensors, tensors, empty(1, kind=torch.float64), [])
     return launches
 

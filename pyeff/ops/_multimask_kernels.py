@@ -22,7 +22,11 @@ _ALL = (torch.float32, torch.bfloat16, torch.float16)
 
 # The first line that applies decides. The size is the width of a token; nothing else may matter to the choice, or a
 # graph would be compiled for each.
-GPU_CHOICE = (Rule((), _ALL, (), "cuda", "prediction: bound by memory in both, and fewer microseconds to launch"),)
+_BASIS = (
+    "the host's time for a launch, which is not predicted; prediction: about the same for most operations, "
+    "but the loss with moments takes Triton two thirds of the time"
+)
+GPU_CHOICE = (Rule((), _ALL, (), "cuda", _BASIS),)
 
 
 def prefer(device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, ...]:
