@@ -2,7 +2,8 @@
 """Which share of the slow checks is looked at this time: CI divides what takes long among the commits.
 
 PYEFF_TURN is a number, another one for each commit. What is divided into n shares takes share number PYEFF_TURN modulo
-n; where the variable is not set, everything is done. Standard library only: it runs before anything is installed.
+n (the native tests a sixteenth of it, since the instruction sets go by the rest); where the variable is not set,
+everything is done. Standard library only: it runs before anything is installed.
 
     python scripts/turn.py             the number of the commit that is checked out, by its hash
     python scripts/turn.py isa 1       the instruction set that the sanitizers build in this turn (1: the one after it);

@@ -55,14 +55,33 @@ def test_what_is_plain():
     assert torch.compile(lambda t: t if _calls.plain([t]) else t + 1, backend="eager", fullgraph=True)(x) is not x
 
 
-def test_what_is_direct():
+def lazy_ones(x):
+    """Tensors of torch's own type that are not their memory."""
+    return {"negative": torch._neg_view(x), "zero": torch._efficientzerotensor(x.shape, dtype=x.dtype)}
+
+
+def test_what_is_lazy_is_not_plain():
+    x = torch.randn(3)
+    assert all(_calls.unwatched([t]) and not _calls.plain([t]) for t in lazy_ones(x).values())
+    assert not _calls.plain([x.to("meta")])
+    assert not _calls.plain([torch.eye(3).to_sparse()])
+
+
+def test_a_profiler_watches():
+    plan, x = make_plan(), torch.randn(2, 13, 4)
+    with torch.profiler.profile() as seen:
+        assert not _calls.unwatched([x])
+        pyeff.ops.multimask_gather(x, plan)
+    assert "pyeff::multimask_gather" in {event.key for event in seen.key_averages()}
+
+
+def test_whose_gradient_is_wanted():
     x, wanted = torch.randn(3), torch.randn(3, requires_grad=True)
-    assert _calls.direct([x, None])
-    assert not _calls.direct([x, wanted])
-    with torch.no_grad():
-        assert _calls.direct([x, wanted])
-    with torch.inference_mode():
-        assert _calls.direct([x, wanted])
+    assert not _calls.wants_gradient([x, None])
+    assert _calls.wants_gradient([x, wanted])
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            assert not _calls.wants_gradient([x, wanted])
 
 
 CALLS = {
@@ -99,3 +118,33 @@ def test_read_and_tickets_too(kernels):
         with torch.no_grad(), Seen() as seen:
             assert torch.equal(past, call())
         assert f"pyeff::{op}" in seen.names
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("kind", ["negative", "zero"])
+def test_lazy_tensors_are_what_they_stand_for(kernels, kind):
+    plan = make_plan()
+    x = torch.randn(plan.batch, plan.tokens, 8)
+    ticket = pyeff.Ticket.from_blocks(torch.ones(2, 1, dtype=torch.bool), (16, 8), 8)
+    values = torch.randn(2, 8, 8)
+    gru = [torch.randn(12, 8), torch.randn(12, 4)]
+    calls = (
+        lambda t: pyeff.ops.multimask_gather(t, plan),
+        lambda t: pyeff.ops.multimask_targets([t, x]),
+        lambda t: pyeff.ops.ticket_linear(t, values, ticket),
+        lambda t: pyeff.ops.read_recurrence([t, x], *gru),
+    )
+    with torch.no_grad():
+        for call in calls:
+            lazy = lazy_ones(x)[kind]
+            found, expected = call(lazy), call(lazy.clone() if kind == "zero" else lazy.resolve_neg())
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_averages_of_lazy_tensors(native):
+    for kind in ("negative", "zero"):
+        average, x = [torch.ones(5)], torch.randn(5)
+        lazy = lazy_ones(x)[kind]
+        pyeff.ops.ema_update_(average, [lazy], 0.5)
+        torch.testing.assert_close(average[0], 0.5 + 0.5 * (-x if kind == "negative" else 0 * x))
+        assert average[0]._version == 1

@@ -74,6 +74,9 @@ CASES = {
     "eps nan": (option(eps=math.nan), "eps", "nan", "expected"),
     "eps infinite": (option(eps=math.inf), "eps", "inf", "expected"),
     "eps of another type": (option(eps="small"), "eps", "'small'", "expected"),
+    "recompute a word": (option(recompute="no"), "recompute", "'no'", "expected False or True"),
+    "eps a tensor": (option(eps=torch.tensor(1e-6)), "eps", "Tensor", "expected a number"),
+    "eps past all floats": (option(eps=10**400), "eps", "too large", "expected"),
     "phi narrower than w_ih": (
         each(*(put(f"phi{i}", lambda t: t[:, :20]) for i in range(3)), drop("norm_weight")),
         "w_ih", "[30, 24]", "expected", "[30, 20]",

@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
+import functools
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import (
+    DispatchKeySet,
+    _dispatch_keys,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch._C._functorch import TransformType, is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 
-def plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether these are tensors and nothing else, in a call that nothing watches: no compiler, mode or transform.
-
-    Then an op may be called as the function behind it. The dispatcher's way to Python and back takes as long as a small
-    kernel; what it is there for is all that this asks for.
-    """
+def unwatched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are tensors and nothing else, in a call that nothing watches: no compiler, profiler, mode or
+    transform."""
     return (
         not torch.compiler.is_compiling()
         and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0
         and _get_tracing_state() is None
         and peek_interpreter_stack() is None
+        and not torch.autograd._profiler_enabled()
         and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     )
 
 
-def direct(tensors: Sequence[Tensor | None]) -> bool:
-    """The same where no derivative is wanted either: then an op with one may be called as its kernels' function."""
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return not wanted and plain(tensors)
+@functools.cache
+def _ordinary(keys: int) -> bool:
+    """Whether a tensor of these dispatch keys is its memory; no lazy negative, zero, batch or the like."""
+    names = str(DispatchKeySet.from_raw_repr(keys)).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
+    known = ("ADInplaceOrView", *(kind + device for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")))
+    return all(name in known for name in names)
+
+
+def plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether an op may be called as the function behind it, if no derivative is wanted as its kernels' function.
+
+    The dispatcher's way to Python and back takes as long as a small kernel; what it is there for is all that this asks.
+    """
+    return unwatched(tensors) and all(t is None or _ordinary(_dispatch_keys(t).raw_repr()) for t in tensors)
+
+
+def wants_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records a call of these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def checked_number(op: str, name: str, value: object) -> float:
+    """A number of Python's, NumPy's or a tracer's as a float.
+
+    Raises:
+        ValueError: it is something else. A tensor is, too: its value would have to be waited for.
+    """
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # must not be asked for its value
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        came = repr(value) if isinstance(value, (str, bool)) else f"a {type(value).__name__}"
+        raise ValueError(f"{op}: {name} is {came}, expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} is too large for a float, expected a number") from None
 
 
 def check_tensor(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor
 
@@ -33,20 +31,6 @@ def check_option(op: str, name: str, value: object, options: tuple[str, ...]) ->
     """Raises ValueError unless the value is one of the options."""
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, options))}")
-
-
-def checked_number(op: str, name: str, value: object) -> float:
-    """A number of Python's, NumPy's or a tracer's as a float.
-
-    Raises:
-        ValueError: it is something else. A tensor is, too: its value would have to be waited for.
-    """
-    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # must not be asked for its value
-        return value  # type: ignore[return-value]
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        came = repr(value) if isinstance(value, (str, bool)) else f"a {type(value).__name__}"
-        raise ValueError(f"{op}: {name} is {came}, expected a number")
-    return float(value)
 
 
 def check_eps(op: str, eps: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import plain
+from pyeff.ops._calls import unwatched
 from pyeff.ops._multimask_checks import DTYPES, check_floating
 
 _lib = torch.library.Library("pyeff", "FRAGMENT")
@@ -75,7 +75,7 @@ def ema_update_(
         raise ValueError(f"{op}: decay is {decay!r}, expected a number from 0 to 1")
     else:
         decay = torch.full((), float(decay), dtype=torch.float64, device=ema[0].device)
-    function = _ema if plain((*ema, *params, *copies, decay)) else torch.ops.pyeff.ema_update_
+    function = _ema if unwatched((*ema, *params, *copies, decay)) else torch.ops.pyeff.ema_update_
     function(ema, params, decay, copies, backend=backends.current())
 
 
@@ -112,7 +112,7 @@ def _check(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor
 
 def _check_apart(op: str, ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> None:
     """What is written may overlap nothing: threads would see each other's results."""
-    if not plain((*ema, *params, *copies)):
+    if not unwatched((*ema, *params, *copies)):
         return
     spans = [
         (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), f"{name}[{i}]", name != "params")
@@ -136,20 +136,25 @@ def _ema(ema, params, decay, copies, *, backend=""):
     given, device = (*ema, *params, *copies), ema[0].device
     likes = {t.dtype: t for t in given}
     # The libraries of kernels check for themselves, in a fraction of the time, and do not say which tensor it is.
-    trusted = all(dtype in DTYPES for dtype in likes) and plain(given)
+    trusted = all(dtype in DTYPES for dtype in likes) and unwatched(given)
     if not trusted or any(t.device != device for t in likes.values()):
         _check(op, ema, params, copies)
     _check_decay(op, decay, device)
     # One tensor of a dtype that the kernels do not know, and all are for the reference.
-    chosen = min((kernels.choose(op, t, 0, backend, "") for t in likes.values()), key=lambda name: name != "reference")
+    try:
+        found = [kernels.choose(op, t, 0, backend, "") for t in likes.values()]
+    except RuntimeError:
+        _check(op, ema, params, copies)
+        raise
+    chosen = min(found, key=lambda name: name != "reference")
     with torch.no_grad():
         if chosen in ("cpu", "cuda") and trusted:
             try:
-                _kernels(ema, params, decay, copies, chosen)
+                _write(ema, params, decay, copies, chosen)
             except RuntimeError:
-                _check(op, ema, params, copies)
-                raise
-            return
+                pass  # nothing has been written; either the check says why, or the dispatcher knows these tensors
+            else:
+                return _tell_autograd(ema, copies)
         if trusted:
             _check(op, ema, params, copies)
         ema, params, copies = ([t.detach() for t in given] for given in (ema, params, copies))
@@ -159,10 +164,18 @@ def _ema(ema, params, decay, copies, *, backend=""):
             torch.ops.pyeff.ema_update_kernels(ema, params, decay, copies, chosen)
 
 
-def _kernels(ema, params, decay, copies, backend):
+def _write(ema, params, decay, copies, backend):
     kernels.call(backend, "ema_update", ema, [t.contiguous() for t in params], decay, copies)
-    # Autograd is to notice the change; torch does this for its own ops alone.
+
+
+def _tell_autograd(ema, copies):
+    """That these were changed; torch does this for its own ops alone."""
     torch.autograd.graph.increment_version((*ema, *copies))
+
+
+def _kernels(ema, params, decay, copies, backend):
+    _write(ema, params, decay, copies, backend)
+    _tell_autograd(ema, copies)
 
 
 _register.composite(_lib, "ema_update_", _ema)

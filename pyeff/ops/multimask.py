@@ -7,19 +7,20 @@ but for sums: what several students were given is summed over them, in the order
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, direct, plain, refuse_tangents, transform_of
+from pyeff.ops._calls import check_tensor, checked_number, plain, refuse_tangents, transform_of, wants_gradient
 from pyeff.ops._multimask_checks import (
     check_floating,
     check_plan,
     check_sample_ids,
     check_seed,
-    checked_number,
     checked_seed,
 )
 from pyeff.plans import MaskPlan
@@ -81,8 +82,10 @@ def multimask_gather(x: Tensor, plan: MaskPlan) -> Tensor:
             f"multimask_gather: x has shape {list(x.shape)}, expected [{plan.batch}, {plan.tokens}, D]: the plan is of "
             f"{plan.batch} samples with {plan.masks} masks each"
         )
-    function = _gather if plain((x,)) else torch.ops.pyeff.multimask_gather
-    return function(x, plan.ids_keep, plan.keep_len, plan.inverse, backend=backends.current())
+    index, backend = (plan.ids_keep, plan.keep_len, plan.inverse), backends.current()
+    if plain((x, *index)):
+        return _gather(x, *index, backend=backend, past=True)
+    return torch.ops.pyeff.multimask_gather(x, *index, backend=backend)
 
 
 def _check_index(op: str, like: Tensor, ids_keep: Tensor, keep_len: Tensor, inverse: Tensor) -> None:
@@ -97,7 +100,8 @@ def _check_index(op: str, like: Tensor, ids_keep: Tensor, keep_len: Tensor, inve
     check_tensor(op, "inverse", inverse, (count, inverse.shape[1]), like, torch.int32, "the index of a plan is")
 
 
-def _gather(x, ids_keep, keep_len, inverse, *, backend=""):
+def _gather(x, ids_keep, keep_len, inverse, *, backend="", past=False):
+    """``past``: past the dispatcher, as far as autograd lets it."""
     op = "multimask_gather"
     check_floating(op, x=x)
     _check_index(op, x, ids_keep, keep_len, inverse)
@@ -108,7 +112,7 @@ def _gather(x, ids_keep, keep_len, inverse, *, backend=""):
     chosen = kernels.choose(op, x, x.shape[-1], backend, transform_of([x]))
     if chosen == "reference":
         return reference.multimask.gather(x, ids_keep, keep_len)
-    forward = _gather_kernels if direct((x,)) else torch.ops.pyeff.multimask_gather_forward
+    forward = _gather_kernels if past and not wants_gradient((x,)) else torch.ops.pyeff.multimask_gather_forward
     return forward(x, ids_keep, keep_len, inverse, chosen)
 
 
@@ -210,15 +214,20 @@ def multimask_scatter(
                 )
             fill = fill.expand(1, plan.tokens, x.shape[-1])
     check_sample_ids(op, sample_ids, plan.batch, x)
-    function = _scatter if plain((x, fill, sample_ids)) else torch.ops.pyeff.multimask_scatter
-    return function(
+    tensors = (
         x, plan.ids_keep, plan.keep_len, plan.inverse, plan.lengths, checked_seed(op, seed, x.device), fill,
-        noise_std=checked_number(op, "noise_std", noise_std), sample_ids=sample_ids, backend=backends.current(),
     )  # fmt: skip
+    options: dict[str, Any] = {
+        "noise_std": checked_number(op, "noise_std", noise_std), "sample_ids": sample_ids,
+        "backend": backends.current(),
+    }  # fmt: skip
+    if plain((*tensors, sample_ids)):
+        return _scatter(*tensors, **options, past=True)
+    return torch.ops.pyeff.multimask_scatter(*tensors, **options)
 
 
 def _scatter(
-    x, ids_keep, keep_len, inverse, lengths, seed, fill=None, *, noise_std=0.01, sample_ids=None, backend=""
+    x, ids_keep, keep_len, inverse, lengths, seed, fill=None, *, noise_std=0.01, sample_ids=None, backend="", past=False
 ):  # fmt: skip
     op = "multimask_scatter"
     check_floating(op, x=x)
@@ -242,7 +251,7 @@ def _scatter(
     chosen = kernels.choose(op, x, x.shape[-1], backend, transform_of([x, fill]))
     if chosen == "reference":
         return reference.multimask.scatter(x, inverse, lengths, fill, seed, sample_ids, noise_std)
-    forward = _scatter_kernels if direct((x, fill)) else torch.ops.pyeff.multimask_scatter_forward
+    forward = _scatter_kernels if past and not wants_gradient((x, fill)) else torch.ops.pyeff.multimask_scatter_forward
     return forward(x, ids_keep, keep_len, inverse, lengths, fill, seed, sample_ids, noise_std, chosen)
 
 

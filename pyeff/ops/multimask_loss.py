@@ -14,8 +14,8 @@ from torch._C._functorch import is_legacy_batchedtensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, refuse_tangents, transform_of
-from pyeff.ops._multimask_checks import check_floating, check_option, check_plan, checked_number
+from pyeff.ops._calls import check_tensor, checked_number, refuse_tangents, transform_of
+from pyeff.ops._multimask_checks import check_floating, check_option, check_plan
 from pyeff.plans import MaskPlan
 from pyeff.reference.multimask import KINDS, REDUCTIONS, wide
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _multimask_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import check_tensor, direct, plain, refuse_tangents, transform_of
-from pyeff.ops._multimask_checks import check_eps, check_floating, check_option, checked_number
+from pyeff.ops._calls import check_tensor, checked_number, plain, refuse_tangents, transform_of, wants_gradient
+from pyeff.ops._multimask_checks import check_eps, check_floating, check_option
 from pyeff.plans.mask import checked_lengths
 from pyeff.reference.multimask import NORMS, wide
 
@@ -85,8 +86,10 @@ def multimask_targets(
     check_option(op, "post_norm", post_norm, NORMS)
     eps = checked_number(op, "eps", eps)
     lengths = checked_lengths(op, lengths, layers[0].shape[0], layers[0].shape[1], layers[0].device)
-    function = _targets if plain(layers) else torch.ops.pyeff.multimask_targets
-    return function(layers, lengths, norm=norm, post_norm=post_norm, eps=eps, backend=backends.current())
+    options: dict[str, Any] = {"norm": norm, "post_norm": post_norm, "eps": eps, "backend": backends.current()}
+    if plain((*layers, lengths)):
+        return _targets(layers, lengths, **options, past=True)
+    return torch.ops.pyeff.multimask_targets(layers, lengths, **options)
 
 
 def _check_layers(op: str, layers: Sequence[Tensor]) -> None:
@@ -107,13 +110,13 @@ def _check(op: str, layers: Sequence[Tensor], lengths: Tensor, norm: str, post_n
     check_tensor(op, "lengths", lengths, (layers[0].shape[0],), layers[0], torch.int32, "lengths are")
 
 
-def _targets(layers, lengths, *, norm="instance", post_norm="none", eps=1e-5, backend=""):
+def _targets(layers, lengths, *, norm="instance", post_norm="none", eps=1e-5, backend="", past=False):
     op = "multimask_targets"
     _check(op, layers, lengths, norm, post_norm, eps)
     chosen = kernels.choose(op, layers[0], layers[0].shape[-1], backend, transform_of(list(layers)))
     if chosen == "reference":
         return reference.multimask.targets(layers, lengths, norm, post_norm, eps)
-    forward = _forward if direct(layers) else torch.ops.pyeff.multimask_targets_forward
+    forward = _forward if past and not wants_gradient(layers) else torch.ops.pyeff.multimask_targets_forward
     return forward(layers, lengths, norm, post_norm, eps, chosen)
 
 

@@ -16,7 +16,16 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _read_kernels as kernels
 from pyeff.ops import _register
-from pyeff.ops._calls import autocast_dtype, cast, check_tensor, direct, plain, refuse_tangents, transform_of
+from pyeff.ops._calls import (
+    autocast_dtype,
+    cast,
+    check_tensor,
+    checked_number,
+    plain,
+    refuse_tangents,
+    transform_of,
+    wants_gradient,
+)
 from pyeff.ops._read_kernels import SAVE_GATES, SAVE_NOTHING, SAVE_STATES
 from pyeff.reference.read import GATES, check_layers, check_options, split_state
 
@@ -118,12 +127,16 @@ def read_recurrence(
         "read_recurrence", phi, w_ih, w_hh, b_ih=b_ih, b_hh=b_hh, norm_weight=norm_weight, norm_bias=norm_bias,
         h0=h0, c0=c0,
     )  # fmt: skip
-    watched = (*phi, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0)
-    function = _recurrence if plain(watched) else torch.ops.pyeff.read_recurrence
-    return function(
-        phi, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, h0=h0, c0=c0, cell=cell,
-        norm=norm, eps=eps, reduce=reduce, recompute=recompute, backend=backends.current(),
-    )  # fmt: skip
+    if not isinstance(recompute, int) or recompute not in (False, True):
+        raise ValueError(f"read_recurrence: recompute is {recompute!r}, expected False or True")
+    tensors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "h0": h0, "c0": c0}
+    options: dict[str, Any] = {
+        "cell": cell, "norm": norm, "eps": checked_number("read_recurrence", "eps", eps), "reduce": reduce,
+        "recompute": recompute, "backend": backends.current(),
+    }  # fmt: skip
+    if plain((*phi, w_ih, w_hh, b_ih, b_hh, *tensors.values())):
+        return _recurrence(phi, w_ih, w_hh, b_ih, b_hh, **tensors, **options, past=True)
+    return torch.ops.pyeff.read_recurrence(phi, w_ih, w_hh, b_ih, b_hh, **tensors, **options)
 
 
 def read_step(
@@ -165,12 +178,15 @@ def read_step(
     _check_types(
         "read_step", [phi_i], w_ih, w_hh, b_ih=b_ih, b_hh=b_hh, norm_weight=norm_weight, norm_bias=norm_bias
     )  # fmt: skip
-    watched = (phi_i, h, c, w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias)
-    function = _step if plain(watched) else torch.ops.pyeff.read_step
-    h, c = function(
-        phi_i, h, c, w_ih, w_hh, b_ih, b_hh, norm_weight=norm_weight, norm_bias=norm_bias, cell=cell, norm=norm,
-        eps=eps, backend=backends.current(),
-    )  # fmt: skip
+    tensors = (phi_i, h, c, w_ih, w_hh, b_ih, b_hh)
+    options: dict[str, Any] = {
+        "norm_weight": norm_weight, "norm_bias": norm_bias, "cell": cell, "norm": norm,
+        "eps": checked_number("read_step", "eps", eps), "backend": backends.current(),
+    }  # fmt: skip
+    if plain((*tensors, norm_weight, norm_bias)):
+        h, c = _step(*tensors, **options, past=True)
+    else:
+        h, c = torch.ops.pyeff.read_step(*tensors, **options)
     return (h, c) if cell == "lstm" else h
 
 
@@ -249,15 +265,16 @@ def _choose(op: str, rest: list[Any], backend: str, transform: str, cell: str) -
 
 
 def _save_mode(tensors: list[Tensor | None], recompute: bool) -> int:
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+    if not wants_gradient(tensors):
         return SAVE_NOTHING
     return SAVE_STATES if recompute else SAVE_GATES
 
 
 def _recurrence(
     phi, w_ih, w_hh, b_ih=None, b_hh=None, *, norm_weight=None, norm_bias=None, h0=None, c0=None,
-    cell="gru", norm="rms", eps=1e-6, reduce="mean", recompute=False, backend="",
+    cell="gru", norm="rms", eps=1e-6, reduce="mean", recompute=False, backend="", past=False,
 ):  # fmt: skip
+    """``past``: past the dispatcher, as far as autograd lets it."""
     rest = [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0]
     phi, rest, chosen = _prepare("read_recurrence", phi, rest, backend, cell=cell, norm=norm, eps=eps, reduce=reduce)
     w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h0, c0 = rest
@@ -267,20 +284,20 @@ def _recurrence(
             cell=cell, norm=norm, eps=eps, reduce=reduce,
         )  # fmt: skip
     save = _save_mode([*phi, *rest], recompute)
-    forward: Any = _forward if direct((*phi, *rest)) else torch.ops.pyeff.read_forward
+    forward: Any = _forward if past and save == SAVE_NOTHING else torch.ops.pyeff.read_forward
     return forward(phi, *rest, cell, norm, eps, reduce, save, chosen)[0]
 
 
 def _step(
     phi_i, h, c, w_ih, w_hh, b_ih=None, b_hh=None, *, norm_weight=None, norm_bias=None,
-    cell="gru", norm="rms", eps=1e-6, backend="",
+    cell="gru", norm="rms", eps=1e-6, backend="", past=False,
 ):  # fmt: skip
     rest = [w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c]
     (phi_i,), rest, chosen = _prepare("read_step", [phi_i], rest, backend, cell=cell, norm=norm, eps=eps)
     w_ih, w_hh, b_ih, b_hh, norm_weight, norm_bias, h, c = rest
     if chosen != "reference":
         save = _save_mode([phi_i, *rest], False)
-        forward: Any = _forward if direct((phi_i, *rest)) else torch.ops.pyeff.read_forward
+        forward: Any = _forward if past and save == SAVE_NOTHING else torch.ops.pyeff.read_forward
         return forward([phi_i], *rest, cell, norm, eps, "last", save, chosen)[:2]
     state: Any = h
     if cell == "lstm" and not (h is None and c is None):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyeff import backends, reference
 from pyeff.ops import _register
 from pyeff.ops import _ticket_kernels as kernels
-from pyeff.ops._calls import autocast_dtype, cast, check_tensor, direct, plain, refuse_tangents, transform_of
+from pyeff.ops._calls import autocast_dtype, cast, check_tensor, plain, refuse_tangents, transform_of, wants_gradient
 from pyeff.plans import Ticket
 from pyeff.reference.ticket import check_activation
 
@@ -78,8 +78,10 @@ def ticket_linear(
     if tuple(values.shape) != (ticket.nnz, *ticket.block):
         expected = [ticket.nnz, *ticket.block]
         raise ValueError(f"ticket_linear: values has shape {list(values.shape)}, expected {expected} for {ticket!r}")
-    function = _linear if plain((x, values, bias)) else torch.ops.pyeff.ticket_linear
-    return function(x, values, ticket.index, ticket.shape[0], bias, activation=activation, backend=backends.current())
+    given, backend = (x, values, ticket.index, ticket.shape[0], bias), backends.current()
+    if plain((x, values, ticket.index, bias)):
+        return _linear(*given, activation=activation, backend=backend, past=True)
+    return torch.ops.pyeff.ticket_linear(*given, activation=activation, backend=backend)
 
 
 def _check_types(x: object, values: object, bias: object) -> None:
@@ -111,7 +113,8 @@ def _check(x: Tensor, values: Tensor, index: Tensor, out: int, bias: Tensor | No
         check_tensor(op, "bias", bias, (out,), values, as_what="values")
 
 
-def _linear(x, values, index, out_features, bias=None, *, activation=None, backend=""):
+def _linear(x, values, index, out_features, bias=None, *, activation=None, backend="", past=False):
+    """``past``: past the dispatcher, as far as autograd lets it."""
     _check_types(x, values, bias)
     dtype, transform = autocast_dtype(values.device), transform_of([values, x, bias])
     if dtype is not None:
@@ -123,9 +126,9 @@ def _linear(x, values, index, out_features, bias=None, *, activation=None, backe
     if chosen == "reference":
         kernels.check_positions(values, index, out_features, x.shape[-1])
         return reference.ticket.linear(x, values, index, out_features, bias, activation)
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+    differentiable = wants_gradient((x, values, bias))
     keep = differentiable and activation == "gelu"
-    forward = _forward if direct((x, values, bias)) else torch.ops.pyeff.ticket_forward
+    forward = _forward if past and not differentiable else torch.ops.pyeff.ticket_forward
     return forward(x, values, index, out_features, bias, activation, keep, chosen)[0]
 
 

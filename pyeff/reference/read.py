@@ -9,7 +9,6 @@ For every token on its own, layers i = 1..L share one recurrent cell:
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def check_options(
         if value not in tuple(known):
             raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, known))}")
     # A number of torch.compile's is a SymFloat.
-    if not isinstance(eps, numbers.Real | torch.SymFloat) or not eps >= 0 or eps == float("inf"):
+    if not isinstance(eps, int | float | torch.SymFloat) or not eps >= 0 or eps == float("inf"):
         raise ValueError(f"{op}: eps is {eps!r}, expected a finite number of at least 0")
     if norm == "none" and norm_weight is not None:
         raise ValueError(f"{op}: norm_weight was given with norm='none', expected None")

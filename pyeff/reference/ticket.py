@@ -22,7 +22,7 @@ def activate(z: Tensor, activation: str | None) -> Tensor:
 
 def check_activation(op: str, activation: str | None) -> None:
     """Raises ValueError unless it is one of those there are."""
-    if activation not in (None, *ACTIVATIONS):
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
         raise ValueError(f"{op}: activation is {activation!r}, expected None, 'relu' or 'gelu'")
 
 
